@@ -1,0 +1,309 @@
+"""LatentStore: what an autoencoder and a text encoder made of a data set's clips, kept on disk to train from.
+
+    STORE/manifest.json   which autoencoder, transform and text encoder; dtype; mean and standard deviation per channel
+    STORE/items.jsonl     one line for each clip: id, key, place, split, caption, label; sorted by id
+    STORE/video/          shards of moments or tokens, by the clip's key
+    STORE/text/           shards of embeddings, by caption, each caption once
+
+A clip's key is a hash of its content, the transform and the autoencoder's weights, and its place is fixed when the clip
+is first seen: place // `shard_items` is its shard. So work is divided without a queue, a resumed job makes the same
+bytes, and clips that are added later are appended. No path is ever read from a store: its files have fixed names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xxhash
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mutoscope.data.shards import Shards, StoreError, seal, unseal
+from mutoscope.files import replacing
+from mutoscope.recipe import Data
+from mutoscope.types import Cond, LatentSpec
+
+FORMAT = 1
+STATS_CLIPS = 256
+"""Clips that the statistics are taken over: the first of the train split, by id."""
+
+Kind = Literal["latents", "tokens"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentStats:
+    """Mean and standard deviation of the latents, per channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @staticmethod
+    def fit(moments: Iterable[Tensor], channels: int) -> LatentStats:
+        """Over clips' moments (channels or 2·channels, t, h, w).
+
+        Where there is a posterior, its variance counts too: Var(z) = Var(E z) + E(Var z). A channel whose posterior
+        has collapsed then has unit variance, and normalising does not blow its noise up. Sums are double precision and
+        clip by clip, so that the same clips give the same bits. Raises ValueError if there are no clips.
+        """
+        count = 0
+        first, second, posterior = (np.zeros(channels) for _ in range(3))
+        for clip in moments:
+            values = clip.double().reshape(len(clip), -1).numpy()
+            mean, logvar = values[:channels], values[channels:]
+            first += mean.sum(axis=1)
+            second += np.square(mean).sum(axis=1)
+            if len(logvar):
+                posterior += np.exp(logvar).sum(axis=1)
+            count += values.shape[1]
+        if count == 0:
+            raise ValueError("no train clips to take the latents' mean and standard deviation from")
+        mean = first / count
+        std = np.sqrt(np.maximum(second / count - np.square(mean), 0) + posterior / count)
+        mean, std = mean.astype(np.float32), np.maximum(std, 1e-6).astype(np.float32)
+        return LatentStats(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Which text encoder's embeddings a store holds."""
+
+    identity: str
+    length: int
+    """Positions that embeddings are padded to."""
+    dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a store holds and what made it."""
+
+    kind: Kind
+    """latents: moments, (c, t, h, w) per clip, or (2c, t, h, w) with log-variances. tokens: (t, h, w) per clip."""
+    autoencoder_hash: str
+    spec: LatentSpec
+    transform: dict[str, Any]
+    dtype: str
+    """Of moments and embeddings, as torch names it; tokens are uint16, or uint32 above 65536 codes."""
+    text: Text | None = None
+    stats: LatentStats | None = None
+    """None for tokens, and until the first encode is complete; never changed after."""
+    shard_items: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredItem:
+    """What a store knows about a clip, without its moments."""
+
+    id: str
+    key: str
+    """Hash of the clip's content and all that was done to it."""
+    place: int
+    """Which shard it goes to: number place // shard_items."""
+    split: str
+    caption: str
+    label: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredClip:
+    """One clip as it is read."""
+
+    id: str
+    moments: Tensor
+    """(c or 2c, t, h, w) in the store's dtype; or tokens, int64 (t, h, w)."""
+    caption: str
+    label: int
+
+
+def transform_of(data: Data) -> dict[str, Any]:
+    """What is done to a clip's pixels before the autoencoder sees them."""
+    return {name: getattr(data, name) for name in ("frames", "height", "width", "fps", "resize", "window")}
+
+
+class LatentStore:
+    """A complete store, opened for reading."""
+
+    def __init__(self, root: str | Path) -> None:
+        """Reads manifest, items and indexes (about a second for 100,000 clips), no data.
+
+        Raises FileNotFoundError where there is no store, StoreError where it is damaged or its encoding unfinished.
+        """
+        self.root = Path(root)
+        self.manifest = read_manifest(self.root)
+        self.items = read_items(self.root)
+        self._video = Shards(self.root / "video")
+        self._text = Shards(self.root / "text")
+        missing = [item.id for item in self.items if item.key not in self._video]
+        if self.manifest.text:
+            missing += [repr(c) for c in {item.caption for item in self.items} if text_key(c) not in self._text]
+        if missing:
+            raise StoreError(f"{self.root}: {len(missing)} clips or captions are not encoded yet (first: "
+                             f"{missing[0]}): run the same `mutoscope encode` again to go on from there")  # fmt: skip
+        if self.manifest.kind != "tokens" and self.manifest.stats is None:
+            raise StoreError(f"{self.root}: has no statistics yet: run the same `mutoscope encode` again")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def ids(self, split: str) -> list[str]:
+        """The ids of a split's clips, sorted."""
+        return [item.id for item in self.items if item.split == split]
+
+    def read(self, index: int) -> StoredClip:
+        """Clip `index` of all. Raises StoreError, naming shard and key, where its bytes have changed."""
+        item = self.items[index]
+        moments = self._video.read(item.key)
+        if self.manifest.kind == "tokens":
+            moments = moments.long()
+        return StoredClip(id=item.id, moments=moments, caption=item.caption, label=item.label)
+
+    def text(self, caption: str) -> Tensor:
+        """The caption's embeddings (l, d), without padding."""
+        return self._text.read(text_key(caption))
+
+    def cond(self, captions: Sequence[str]) -> Cond:
+        """The captions' embeddings as a float32 Cond, padded; an empty Cond where the store holds no text."""
+        about = self.manifest.text
+        if about is None:
+            return Cond()
+        text = torch.zeros(len(captions), about.length, about.dim)
+        mask = torch.zeros(len(captions), about.length, dtype=torch.bool)
+        for row, caption in enumerate(captions):
+            embedded = self.text(caption)
+            text[row, : len(embedded)] = embedded.float()
+            mask[row, : len(embedded)] = True
+        return Cond(text=text, text_mask=mask)
+
+    def check(self, asked: Manifest) -> None:
+        """Raise StoreError, with both sides' values, unless the store was made the way that `asked` says."""
+        check_manifest(self.root, self.manifest, asked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredClips:
+    """A batch of clips as a store holds them."""
+
+    ids: list[str]
+    samples: list[int]
+    moments: Tensor
+    """(b, c or 2c, t, h, w), or tokens, int64 (b, t, h, w)."""
+    captions: list[str]
+    cond: Cond
+    """The captions' embeddings, where the store has them."""
+    labels: Int[Tensor, "b"]
+
+
+class StoredSplit(Dataset[tuple[int, StoredClip]]):
+    """The clips of one split, in the order of their ids; the store's counterpart of VideoDataset."""
+
+    def __init__(self, store: LatentStore, split: str) -> None:
+        """Raises ValueError where the split is empty."""
+        self.store = store
+        self.places = [place for place, item in enumerate(store.items) if item.split == split]
+        if not self.places:
+            raise ValueError(f"{store.root}: no clips in {split}")
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, StoredClip]:
+        """The clip at (index, sample), with its place in the stream of samples before it."""
+        index, sample = key
+        return sample, self.store.read(self.places[index])
+
+    def collate(self, clips: Sequence[tuple[int, StoredClip]]) -> StoredClips:
+        """Clips joined along the batch, with their captions' embeddings."""
+        captions = [clip.caption for _, clip in clips]
+        return StoredClips(
+            ids=[clip.id for _, clip in clips],
+            samples=[sample for sample, _ in clips],
+            moments=torch.stack([clip.moments for _, clip in clips]),
+            captions=captions,
+            cond=self.store.cond(captions),
+            labels=torch.tensor([clip.label for _, clip in clips]),
+        )
+
+
+def check_manifest(root: Path, stored: Manifest, asked: Manifest) -> None:
+    """See `LatentStore.check`. Text is compared where both sides have some."""
+    ours, theirs = _made_by(stored), _made_by(asked)
+    if not (stored.text and asked.text):
+        ours["text"] = theirs["text"] = None
+    faults = [
+        f"{name}: {ours.get(name)} in the store, {theirs.get(name)} asked for"
+        for name in ours | theirs
+        if ours.get(name) != theirs.get(name)
+    ]
+    if faults:
+        raise StoreError(f"{root}: this store was made otherwise:\n  " + "\n  ".join(faults)
+                         + "\nEncode into another folder, or ask for what the store holds.")  # fmt: skip
+
+
+def _made_by(manifest: Manifest) -> dict[str, Any]:
+    text = manifest.text.identity if manifest.text else None
+    made_by = {"autoencoder's weights": manifest.autoencoder_hash, "autoencoder": manifest.spec}
+    return made_by | {"dtype": manifest.dtype, "text": text} | manifest.transform
+
+
+def text_key(caption: str) -> str:
+    """The key of a caption's embeddings."""
+    return xxhash.xxh3_128_hexdigest(caption.encode(errors="surrogatepass"))
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Raises FileNotFoundError, or StoreError where it is damaged or of another format."""
+    path = root / "manifest.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{root}: no latent store here (no manifest.json); make one with `mutoscope encode`")
+    try:
+        fields = json.loads(path.read_bytes())
+        digest = fields.pop("xxh3")
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise StoreError(f"{path}: damaged, not a manifest: {error}") from None
+    if digest != _manifest_digest(fields):
+        raise StoreError(f"{path}: damaged, or edited by hand: its checksum does not match")
+    if fields.pop("format") != FORMAT:
+        raise StoreError(f"{path}: made by another version of mutoscope (this one reads format {FORMAT})")
+    spec = fields.pop("spec")
+    return Manifest(
+        spec=LatentSpec(**spec | {"strides": tuple(spec["strides"])}),
+        text=Text(**text) if (text := fields.pop("text")) else None,
+        stats=LatentStats(**{k: tuple(v) for k, v in stats.items()}) if (stats := fields.pop("stats")) else None,
+        **fields,
+    )
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Replaces the store's manifest, all or nothing."""
+    fields = json.loads(json.dumps({"format": FORMAT} | asdict(manifest)))
+    fields["xxh3"] = _manifest_digest(fields)
+    with replacing(root / "manifest.json") as aside:
+        aside.write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def _manifest_digest(fields: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(fields, sort_keys=True).encode())
+
+
+def read_items(root: Path) -> list[StoredItem]:
+    """The store's clips by id; none before the first plan. Raises StoreError where a line is damaged."""
+    path = root / "items.jsonl"
+    if not path.is_file():
+        return []
+    *lines, rest = path.read_bytes().split(b"\n")
+    if rest:
+        raise StoreError(f"{path}: damaged: its last line has no end")
+    return [StoredItem(**fields) for fields in unseal(lines, path)]
+
+
+def write_items(root: Path, items: Sequence[StoredItem]) -> None:
+    """Replaces the store's list of clips, all or nothing; sorted by id."""
+    with replacing(root / "items.jsonl") as aside:
+        aside.write_bytes(b"".join(seal(asdict(item)) for item in sorted(items, key=lambda item: item.id)))

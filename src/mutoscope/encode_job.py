@@ -1,0 +1,330 @@
+"""`mutoscope encode`: clips -> latents or tokens, captions -> embeddings, once, into a LatentStore.
+
+Two phases, each with its model alone on the device: captions, then clips. The list of clips is written before the work
+begins and fixes every clip's shard; processes take whole shards and share nothing else, so that a job may be killed at
+any moment, is resumed by the same command, and leaves the bytes that it would have left undisturbed (on the same
+hardware, with the same number of workers). Clips added to the data since are appended.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import count
+from multiprocessing import connection
+from pathlib import Path
+
+import torch
+import xxhash
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mutoscope.autoencoders.pretrained import load_autoencoder
+from mutoscope.data.dataset import Item, VideoDataset, content_hash, to_pixels
+from mutoscope.data.flying_mnist import Split
+from mutoscope.data.layouts import list_clips
+from mutoscope.data.npy import token_dtype
+from mutoscope.data.shards import Shards, ShardWriter, StoreError
+from mutoscope.data.store import (
+    STATS_CLIPS,
+    LatentStats,
+    LatentStore,
+    Manifest,
+    StoredItem,
+    check_manifest,
+    read_items,
+    read_manifest,
+    text_key,
+    write_items,
+    write_manifest,
+)
+from mutoscope.data.video import VideoError
+from mutoscope.encode import Encoder, describe
+from mutoscope.recipe import Autoencoder, Data, Recipe
+from mutoscope.types import NO_LABEL
+
+Tell = Callable[[str | None], None]
+"""Called for every clip: with None when it is stored, with the reason when it could not be encoded."""
+
+
+def encode(recipe: Recipe, out: Path, workers: int = 0, progress: bool = True, trust_code: bool = False) -> LatentStore:
+    """Encode the recipe's clips and captions into a store at `out`, from where an earlier call stopped.
+
+    workers: processes that decode and encode clips, each with an autoencoder of its own; 0 works in this process.
+
+    Raises ValueError where the recipe has nothing to encode, StoreError where `out` holds another store or another
+    process writes it, or, after all else is done, naming the clips that could not be encoded.
+    """
+    if recipe.autoencoder is None:
+        raise ValueError("recipe.autoencoder: none, the recipe trains on pixels; there is nothing to encode")
+    if recipe.data.window == "random":
+        raise ValueError("recipe.data.window: random takes other frames each time, but a clip is stored once; "
+                         "set it to first or all")  # fmt: skip
+    text = recipe.text.build() if recipe.text else None
+    autoencoder = load_autoencoder(recipe.autoencoder, trust_code=trust_code)
+    encoder = Encoder(autoencoder, text=text, dtype=recipe.autoencoder.dtype)
+    encoder.spec.latent_shape(recipe.data.frames, recipe.data.height, recipe.data.width)
+    with _locked(out), _Bar(progress) as bar:
+        manifest = _claim(out, describe(recipe, encoder))
+        del autoencoder, encoder  # loaded again when its turn comes, by whoever needs it
+        items = _plan(out, recipe.data, manifest, bar)
+        _encode_captions(out, manifest, items, Encoder(text=text, dtype=recipe.autoencoder.dtype), bar)
+        del text
+        job = Job(out, recipe.data, recipe.autoencoder, manifest.dtype, trust_code)
+        broken = _encode_clips(job, manifest, items, workers, bar)
+        if broken:
+            listed = "\n  ".join(broken[:20]) + ("\n  ..." if len(broken) > 20 else "")
+            raise StoreError(f"{out}: {len(broken)} of {len(items)} clips could not be encoded:\n  {listed}\n"
+                             "All others are stored. Mend or remove these and run the same command again.")  # fmt: skip
+        if manifest.kind == "latents" and manifest.stats is None:
+            shards = Shards(out / "video")
+            first = [item.key for item in items if item.split == "train"][:STATS_CLIPS]
+            stats = LatentStats.fit(map(shards.read, first), manifest.spec.channels)
+            write_manifest(out, replace(manifest, stats=stats))
+    return LatentStore(out)
+
+
+# ---- what there is to do
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
+        except BlockingIOError:
+            raise StoreError(f"{out}: another process is encoding into it") from None
+        yield
+
+
+def _claim(out: Path, asked: Manifest) -> Manifest:
+    """The manifest of the store that is there, if it fits, or the new one's."""
+    if (out / "manifest.json").exists():
+        manifest = read_manifest(out)
+        check_manifest(out, manifest, asked)
+        return manifest
+    if strange := sorted(p.name for p in out.iterdir() if not p.name.startswith(".")):
+        raise StoreError(f"{out}: holds other things ({', '.join(strange[:3])}) and no store; choose an empty folder")
+    write_manifest(out, asked)
+    return asked
+
+
+def _plan(out: Path, data: Data, manifest: Manifest, bar: _Bar) -> list[StoredItem]:
+    """The store's list of clips brought up to date: clips that it knows keep their places, new ones come behind."""
+    listed = [(split, item) for split in _splits(data) for item in VideoDataset(data, split, 0).items]
+    listed.sort(key=lambda pair: pair[1].id)
+    made_by = f"{manifest.autoencoder_hash} {manifest.dtype} {sorted(manifest.transform.items())}"
+    tell = bar.start("reading clips", len(listed))
+
+    def key_of(item: Item) -> str:
+        try:
+            content = content_hash(item.clip, item.window)
+        except VideoError as error:  # told when its turn comes
+            content = f"unreadable {item.id} {error}"
+        tell(None)
+        return xxhash.xxh3_128_hexdigest(f"{content} {made_by}".encode())
+
+    with ThreadPoolExecutor(8) as pool:
+        keys = list(pool.map(key_of, (item for _, item in listed)))
+    places = {item.key: item.place for item in read_items(out)}
+    following = count(max(places.values(), default=-1) + 1)
+    items = [
+        StoredItem(
+            id=item.id,
+            key=key,
+            place=places[key] if key in places else places.setdefault(key, next(following)),
+            split=split,
+            caption=item.clip.captions.get("caption", ""),
+            label=NO_LABEL if item.clip.label is None else item.clip.label,
+        )
+        for (split, item), key in zip(listed, keys, strict=True)
+    ]
+    write_items(out, items)
+    return items
+
+
+def _splits(data: Data) -> list[Split]:
+    return sorted({clip.split for clip in list_clips(data.root, data.layout, data.val_fraction)})
+
+
+# ---- captions
+
+
+def _encode_captions(out: Path, manifest: Manifest, items: list[StoredItem], encoder: Encoder, bar: _Bar) -> None:
+    """Append the embeddings of the captions that the store lacks, in the order of the clips' ids."""
+    if manifest.text is None or encoder.embed is None:
+        return
+    present = Shards(out / "text")
+    captions = [c for c in dict.fromkeys(item.caption for item in items) if text_key(c) not in present]
+    filled = Counter(record.shard for record in present.records.values())
+    tell = bar.start("encoding captions", len(captions))
+    todo = iter(captions)
+    left = len(captions)
+    for shard in count():
+        room = min(manifest.shard_items - filled[shard], left)
+        if room > 0:
+            with ShardWriter(out / "text", shard) as writer:
+                for _ in range(room):
+                    caption = next(todo)
+                    cond = encoder.text([caption])
+                    assert cond.text is not None and cond.text_mask is not None
+                    writer.append(text_key(caption), cond.text[0, cond.text_mask[0]].to(encoder.dtype))
+                    tell(None)
+            left -= room
+        if not left:
+            return
+
+
+# ---- clips
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker process has to know."""
+
+    out: Path
+    data: Data
+    autoencoder: Autoencoder
+    dtype: str
+    trust_code: bool
+
+
+def _encode_clips(job: Job, manifest: Manifest, items: list[StoredItem], workers: int, bar: _Bar) -> list[str]:
+    """Encode what the store lacks; returns why each clip that could not be encoded could not."""
+    present = Shards(job.out / "video")
+    shards: dict[int, list[StoredItem]] = {}
+    for item in sorted({item.key: item for item in items if item.key not in present}.values(), key=lambda i: i.place):
+        shards.setdefault(item.place // manifest.shard_items, []).append(item)
+    broken: list[str] = []
+    advance = bar.start("encoding clips", sum(map(len, shards.values())))
+
+    def tell(reason: str | None) -> None:
+        if reason is not None:
+            broken.append(reason)
+        advance(reason)
+
+    if shards and workers:
+        _in_processes(job, list(shards.items()), min(workers, len(shards)), tell)
+    elif shards:
+        encode_shards(job, shards.items(), "cuda" if torch.cuda.is_available() else "cpu", tell)
+    return sorted(broken)
+
+
+def encode_shards(job: Job, shards: Iterable[tuple[int, list[StoredItem]]], device: str, tell: Tell) -> None:
+    """Decode, encode and append the clips of some shards. Only this process may write them meanwhile."""
+    autoencoder = load_autoencoder(job.autoencoder, trust_code=job.trust_code)
+    encoder = Encoder(autoencoder, dtype=job.autoencoder.dtype, device=device)
+    stored_as = token_dtype(encoder.spec.vocab) if encoder.spec.vocab else encoder.dtype
+    data = replace(job.data, cache=False)
+    datasets = {split: VideoDataset(data, split, 0) for split in _splits(data)}
+    where = {item.id: (split, i) for split, dataset in datasets.items() for i, item in enumerate(dataset.items)}
+    for shard, items in shards:
+        with ShardWriter(job.out / "video", shard) as writer:
+            for item in items:
+                split, index = where[item.id]
+                try:
+                    clip = datasets[split][index, 0]
+                except VideoError as error:
+                    tell(str(error))
+                    continue
+                moments = encoder.moments(to_pixels(clip.video[None].to(encoder.device)))[0]
+                if moments.is_floating_point() and not moments.isfinite().all():
+                    tell(f"{item.id}: its latents are not finite in {job.autoencoder.dtype}; "
+                         "set autoencoder.dtype to fp32, or look at the clip")  # fmt: skip
+                    continue
+                writer.append(item.key, moments.to(stored_as))
+                tell(None)
+
+
+def _in_processes(job: Job, shards: list[tuple[int, list[StoredItem]]], workers: int, tell: Tell) -> None:
+    """`encode_shards` in spawned processes, every one on its share of the shards."""
+    context = multiprocessing.get_context("spawn")  # a fork would copy locks of torch's and CUDA's threads
+    threads = max(1, torch.get_num_threads() // workers)
+    processes = {}
+    try:
+        for rank in range(workers):
+            ours, theirs = context.Pipe(duplex=False)
+            device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+            process = context.Process(target=_work, args=(job, shards[rank::workers], device, threads, theirs))
+            process.start()
+            theirs.close()
+            processes[ours] = process
+        open_pipes = list(processes)
+        while open_pipes:
+            for pipe in connection.wait(open_pipes):
+                assert isinstance(pipe, connection.Connection)
+                try:
+                    message = pipe.recv()
+                except EOFError:
+                    open_pipes.remove(pipe)
+                    processes[pipe].join()
+                    if code := processes[pipe].exitcode:
+                        raise RuntimeError(f"a worker process ended with exit code {code}"
+                                           + (" (killed; out of memory?)" if code == -9 else "")) from None  # fmt: skip
+                    continue
+                if isinstance(message, Exception):
+                    raise message
+                tell(message)
+    finally:
+        for process in processes.values():
+            process.terminate()
+            process.join()
+
+
+def _work(
+    job: Job, shards: list[tuple[int, list[StoredItem]]], device: str, threads: int, pipe: connection.Connection
+) -> None:
+    """The life of a worker process."""
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    try:
+        encode_shards(job, shards, device, pipe.send)
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        pipe.send(error)
+
+
+def _die_with_parent() -> None:
+    """A worker left behind by a kill of the job would go on writing shards that the resumed job takes up."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+class _Bar:
+    """One line of progress for each phase: how many of how many, how fast, and how long it will take."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+            console=Console(stderr=True), disable=not enabled,
+        )  # fmt: skip
+
+    def start(self, what: str, total: int) -> Tell:
+        """A new line; call what comes back once for each of `total`."""
+        task = self.progress.add_task(what, total=total, rate="")
+
+        def tell(reason: str | None) -> None:
+            self.progress.advance(task)
+            speed = self.progress.tasks[task].finished_speed or self.progress.tasks[task].speed
+            self.progress.update(task, rate="" if speed is None else f"{speed:.1f}/s")
+
+        return tell
+
+    def __enter__(self) -> _Bar:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()

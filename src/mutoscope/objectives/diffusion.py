@@ -1,0 +1,153 @@
+"""Diffusion: one objective for rectified flow, DDPM (eps, v, x0) and EDM.
+
+Whatever a network predicts, F, says what the clean sample is: x̂0 = c_skip·x + c_out·F. That one identity ties the
+loss (F's target is closed-form, and equals (x0 − c_skip·x)/c_out) to sampling, which sees only `denoise`.
+All arithmetic here is fp32: in bf16 the target's cancellation alone shows as a loss of 0.03.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mutoscope.objectives.schedules import DDPMSchedule, EDMSchedule, FlowSchedule, Schedule
+from mutoscope.randomness import Draw
+from mutoscope.recipe import ObjectiveConfig
+from mutoscope.types import Batch, Cond, Loss
+
+VALIDATION_QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Where the validation loss looks: fixed, so that it measures the model and not the draw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diffusion(ObjectiveConfig):
+    """Learn to denoise. Defaults are rectified flow with logit-normal times."""
+
+    schedule: Literal["flow", "ddpm_linear", "ddpm_cosine", "edm"] = "flow"
+    """The path from data to noise."""
+    prediction: Literal["velocity", "eps", "v", "x0", "edm"] = "velocity"
+    """What the network predicts. velocity (ε − x0) goes with flow, eps with ddpm,
+    v and x0 with both, edm with edm."""
+    timesteps: Literal["uniform", "logit_normal"] = "logit_normal"
+    """Distribution of training times on the flow schedule; ddpm is uniform and edm log-normal."""
+    shift: float = 1.0
+    """Time shift of the flow schedule (arXiv:2403.03206 eq. 23); above 1 for large videos."""
+    min_snr_gamma: float = 0.0
+    """Min-SNR weighting (arXiv:2303.09556), 5 in the paper; 0 weighs every time alike."""
+    sigma_data: float = 1.0
+    """Standard deviation that EDM's preconditioning takes the latents to have; ours are normalised to 1."""
+    cond_dropout: float = 0.1
+    """Share of samples that train without their condition, for classifier-free guidance."""
+
+    def __post_init__(self) -> None:
+        allowed = {"flow": ("velocity", "v", "x0"), "edm": ("edm",)}.get(self.schedule, ("eps", "v", "x0"))
+        if self.prediction not in allowed:
+            raise ValueError(
+                f"objective.prediction={self.prediction!r} does not go with objective.schedule={self.schedule!r}; "
+                f"allowed: {', '.join(allowed)}"
+            )
+
+    @property
+    def noise_schedule(self) -> Schedule:
+        """The schedule that this objective walks."""
+        match self.schedule:
+            case "flow":
+                return FlowSchedule(shift=self.shift, distribution=self.timesteps)
+            case "ddpm_linear":
+                return DDPMSchedule(betas="linear")
+            case "ddpm_cosine":
+                return DDPMSchedule(betas="cosine")
+            case "edm":
+                return EDMSchedule()
+
+    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Loss:
+        """Weighted squared error of the network's prediction, at one random time per sample."""
+        drop = draw.uniform() < self.cond_dropout
+        quantile = draw.uniform().clamp(1e-4, 1 - 1e-4)
+        per_sample = self._errors(model, _clean(batch), quantile, batch.cond.dropped(drop), draw)
+        return Loss(total=per_sample.mean(), per_sample=per_sample.detach(), parts={})
+
+    def validation_loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Loss:
+        """The loss at fixed quantiles of the training times and fixed noise, with no condition dropped."""
+        clean = _clean(batch)
+        at = {}
+        for q in VALIDATION_QUANTILES:
+            quantile = torch.full((len(clean),), q, device=clean.device)
+            at[f"q{q:g}"] = self._errors(model, clean, quantile, batch.cond, draw)
+        per_sample = torch.stack(list(at.values())).mean(0)
+        return Loss(total=per_sample.mean(), per_sample=per_sample.detach(), parts={k: v.mean() for k, v in at.items()})
+
+    def _errors(self, model: nn.Module, clean: Tensor, quantile: Tensor, cond: Cond, draw: Draw) -> Float[Tensor, "b"]:
+        schedule = self.noise_schedule
+        t = schedule.times(quantile)
+        noise = draw.normal(*clean.shape[1:])
+        alpha, sigma = (_broadcast(v, clean) for v in schedule.alpha_sigma(t))
+        noisy = alpha * clean + sigma * noise
+        c_in, c_skip, c_out = self._preconditioning(alpha, sigma)
+        predicted = model(c_in * noisy, schedule.embedding(t), cond).float()
+        target = self._target(clean, noise, noisy, alpha, sigma, c_skip, c_out)
+        errors = (predicted - target).square().flatten(1).mean(1)
+        if self.min_snr_gamma:
+            snr = (alpha / sigma).square()
+            weight = snr.clamp(max=self.min_snr_gamma) * c_out.square()  # of x̂0's error, carried over to F's
+            errors = errors * weight.flatten()
+        return errors
+
+    def denoise(
+        self, model: nn.Module, noisy: Float[Tensor, "b c t h w"], t: Float[Tensor, "b"], cond: Cond
+    ) -> Float[Tensor, "b c t h w"]:
+        """x̂0, the model's guess of the clean sample behind `noisy` at time t; all that samplers see of a model."""
+        schedule = self.noise_schedule
+        alpha, sigma = (_broadcast(v, noisy) for v in schedule.alpha_sigma(t))
+        c_in, c_skip, c_out = self._preconditioning(alpha, sigma)
+        predicted = model(c_in * noisy, schedule.embedding(t), cond).float()
+        return c_skip * noisy + c_out * predicted
+
+    def _preconditioning(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(c_in, c_skip, c_out): the network sees c_in·x, and x̂0 = c_skip·x + c_out·F."""
+        one = torch.ones_like(alpha)
+        match self.prediction:
+            case "velocity":
+                return one, one, -sigma
+            case "eps":
+                return one, 1 / alpha, -sigma / alpha
+            case "v":  # arXiv:2202.00512 appendix D; divided by α² + σ², which is 1 on a ddpm schedule
+                norm = alpha.square() + sigma.square()
+                return one, alpha / norm, -sigma / norm
+            case "x0":
+                return one, 0 * one, one
+            case "edm":  # arXiv:2206.00364 table 1
+                total = (sigma.square() + self.sigma_data**2).sqrt()
+                return 1 / total, self.sigma_data**2 / total.square(), sigma * self.sigma_data / total
+
+    def _target(
+        self, clean: Tensor, noise: Tensor, noisy: Tensor, alpha: Tensor, sigma: Tensor, c_skip: Tensor, c_out: Tensor
+    ) -> Tensor:
+        match self.prediction:
+            case "velocity":
+                return noise - clean
+            case "eps":
+                return noise
+            case "v":
+                return alpha * noise - sigma * clean
+            case "x0":
+                return clean
+            case "edm":
+                return (clean - c_skip * noisy) / c_out
+
+
+def _clean(batch: Batch) -> Tensor:
+    clean = batch.latents if batch.latents is not None else batch.video
+    if clean is None:
+        raise ValueError(
+            "diffusion learns latents or pixels; this batch holds tokens (a continuous autoencoder is needed)"
+        )
+    return clean.float()
+
+
+def _broadcast(v: Tensor, like: Tensor) -> Tensor:
+    return v.float().reshape(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,350 @@
+"""A recipe: everything that decides what is trained and how, as one tree of frozen dataclasses.
+
+A recipe is what a function annotated ``-> Recipe`` returns (`recipes/`), or a ``recipe.toml``. Its parts with a fixed
+form are below. `ModelConfig`, `ObjectiveConfig` and `TextConfig` are open: a subclass beside a new network or loss is
+all that it takes to use it in a recipe.
+
+Every attribute's docstring is also its help on the command line, its comment in TOML and its tooltip in an editor.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from mutoscope.config import check, classes, from_dict, to_dict
+from mutoscope.errors import ConfigError, did_you_mean
+from mutoscope.limits import out_of_limits
+from mutoscope.randomness import Draw
+from mutoscope.recipes import list_recipes, returns_recipe
+from mutoscope.toml import BASE, locate, merge, read_toml
+from mutoscope.types import Batch, Cond, Loss, ModelIO
+from mutoscope.user_code import is_loaded, load_file
+
+RECIPE_FILE = "recipe.toml"
+"""The fully resolved recipe in a run directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The hyper-parameters of a network."""
+
+    def build(self, io: ModelIO) -> nn.Module:
+        """The network, with fresh weights drawn from torch's global generator."""
+        raise TypeError(f"{type(self).__name__} has no build method")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is learned. May call the model only through ``model(...)``: a call to any other method by-passes the
+    hooks of DDP and FSDP and leaves gradients that differ between ranks, silently."""
+
+    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Loss:
+        """The batch's loss; all randomness comes from `draw`."""
+        raise TypeError(f"{type(self).__name__} has no loss method")
+
+    def validation_loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Loss:
+        """The loss to validate by, of a model in eval mode: `loss`, unless that hangs on chance."""
+        return self.loss(model, batch, draw)
+
+    def after_step(self, model: nn.Module, all_reduce: Callable[[Tensor], Tensor], skipped: bool = False) -> None:
+        """Called with the model itself, unwrapped, after each optimizer step, also after one that was skipped for a
+        non-finite loss or gradient. `all_reduce` sums a tensor over processes. For what no gradient updates."""
+
+    def after_epoch(self, model: nn.Module, epoch: int, all_reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Called with the model itself after each pass over the data, the first being epoch 0. Returns the epoch's
+        numbers for the log."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """How captions become embeddings."""
+
+    @property
+    def dim(self) -> int:
+        """Width of the embeddings."""
+        raise TypeError(f"{type(self).__name__} has no dim")
+
+    @property
+    def identity(self) -> str:
+        """Names the embeddings, so that those of one encoder are never taken for another's: the class and its fields."""
+        return repr(self)
+
+    def build(self) -> Callable[[list[str]], Cond]:
+        """A function from captions to a Cond with `text` and `text_mask`."""
+        raise TypeError(f"{type(self).__name__} has no build method")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Which clips, and which pixels of them."""
+
+    root: str
+    """A folder of clips, or flying-mnist://PRESET for clips drawn in memory."""
+    layout: Literal["auto", "split_folders", "captioned_folder", "flying_mnist"] = "auto"
+    """How the folder is laid out; auto looks."""
+    frames: int
+    """Frames of a training clip."""
+    height: int
+    """Height of a training clip in pixels."""
+    width: int
+    """Width of a training clip in pixels."""
+    fps: float | None = None
+    """Frames per second to resample to; none takes consecutive frames at the file's own rate."""
+    resize: Literal["crop", "pad", "squash"] = "crop"
+    """How another aspect ratio is met: scale and centre-crop, scale and pad with black, or squash."""
+    window: Literal["first", "random", "all"] = "first"
+    """Which frames of a longer clip: its first, a new random window each time, or all windows as clips of their own."""
+    val_fraction: float = 0.05
+    """Share of clips held out (by a hash of their ids) where the layout has no val part."""
+    num_labels: int = 0
+    """Number of classes of the clips' labels; 0 ignores labels."""
+    latents: str | None = None
+    """A LatentStore made by `mutoscope encode`; training then reads it in place of the clips."""
+    workers: int = 0
+    """Processes that decode clips; 0 decodes in the training process."""
+    cache: bool = False
+    """Keep decoded clips in memory: for data sets that fit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Autoencoder:
+    """The trained autoencoder whose latents or tokens the model learns."""
+
+    path: str
+    """The run directory that holds it."""
+    recipe: str
+    """The recipe that trains it: tells its shapes before it exists, and the command that makes it."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of stored and on-the-fly moments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """How videos are drawn."""
+
+    method: Literal["euler", "heun", "ddim"] = "euler"
+    """The solver. Euler is DDIM with eta = 0 (the same update); Heun calls the model twice a step."""
+    steps: int = 30
+    """Steps from noise to video."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance; 1 turns it off, higher follows the condition more."""
+    eta: float = 0.0
+    """Noise that DDIM puts back each step: 0 none, 1 as in ancestral sampling."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """The optimizer and its schedule. All counts are optimizer steps."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """Muon orthogonalises the updates of the blocks' matrices; everything else is left to AdamW."""
+    lr: float = 1e-4
+    """Peak learning rate (of AdamW)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's first and second moments."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on tensors of two or more dimensions."""
+    muon_lr: float = 0.02
+    """Peak learning rate of Muon's matrices."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the decay after the warm-up."""
+    final_lr: float = 0.0
+    """Where the decay ends, as a fraction of the peak."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm once per optimizer step; 0 turns it off."""
+    max_bad_steps: int = 10
+    """Steps in a row with a non-finite loss or gradient that stop the run; each is skipped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How the work is spread over processes (start them with torchrun)."""
+
+    strategy: Literal["none", "ddp"] = "none"
+    """none: one process. ddp: a replica on every process; under torchrun, none becomes ddp."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides what is trained and how."""
+
+    data: Data
+    """Which clips, and which pixels of them."""
+    autoencoder: Autoencoder | None = None
+    """The autoencoder before the model; none trains on pixels."""
+    text: TextConfig | None = None
+    """How captions become embeddings; none ignores captions."""
+    model: ModelConfig
+    """The network."""
+    objective: ObjectiveConfig
+    """What is learned."""
+    sampler: Sampler | None = None
+    """How videos are drawn; none for models that do not generate."""
+    optim: Optim = field(default_factory=Optim)
+    """The optimizer and its schedule."""
+    parallel: Parallel = field(default_factory=Parallel)
+    """How the work is spread over processes."""
+    steps: int
+    """Optimizer steps."""
+    batch_size: int
+    """Samples per process and micro-step."""
+    accumulate: int = 1
+    """Micro-steps per optimizer step."""
+    seed: int = 0
+    """Seed of weights, order of the data, noise and samples."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32, or autocast to bf16 over fp32 weights."""
+    ema: float = 0.0
+    """Decay of the moving average of the weights that is sampled and exported; 0 turns it off."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    init_from: str | None = None
+    """A run directory whose final weights to start from."""
+    log_every: int = 10
+    """Steps between log lines."""
+    validate_every: int = 500
+    """Steps between validation losses; once before step 1 too. 0 turns it off."""
+    sample_every: int = 500
+    """Steps between samples (reconstructions for autoencoders); once before step 1 too. 0 turns it off."""
+    save_every: int = 500
+    """Steps between checkpoints; the last two are kept. One is written at the end and when the run is stopped."""
+    num_samples: int = 8
+    """Videos in each of those samples."""
+    wandb: str | None = None
+    """Weights & Biases project to log to as well."""
+
+
+def validate(recipe: Recipe) -> None:
+    """Refuses a recipe whose types, numbers or combinations can't work, or that no file could bring back.
+
+    Raises ConfigError with a line for every problem. Whether clips, model and latents fit each other is seen later,
+    when their shapes are known.
+    """
+    check(recipe)
+    if problems := [*out_of_limits(recipe), *_contradictions(recipe)]:
+        raise ConfigError(*problems)
+
+
+def _contradictions(recipe: Recipe) -> Iterator[str]:
+    data, sampler, optim = recipe.data, recipe.sampler, recipe.optim
+    in_memory = data.root.startswith("flying-mnist://")
+    if not data.root:
+        yield "recipe.data.root: empty; give a folder of clips, or flying-mnist://PRESET"
+    if data.layout not in ("auto", "flying_mnist") and in_memory:
+        yield f"recipe.data.layout: {data.root} is of layout flying_mnist, not {data.layout}; leave it at auto"
+    if data.layout == "flying_mnist" and not in_memory:
+        yield f"recipe.data.root: layout flying_mnist wants flying-mnist://PRESET, got {data.root!r}"
+    if data.latents is not None:
+        if recipe.autoencoder is None:
+            yield "recipe.data.latents: latents are an autoencoder's; set recipe.autoencoder to the one that made them"
+        if data.window == "random":
+            yield "recipe.data.window: stored latents hold fixed windows; use first or all, or clear data.latents"
+        if data.cache:
+            yield "recipe.data.cache: stored latents are memory-mapped already; it is for clips"
+    if data.cache and data.window == "random":
+        yield "recipe.data.cache: random windows are new each time, so that there is nothing to keep; use first or all"
+    if sampler is not None and sampler.eta and sampler.method != "ddim":
+        yield f"recipe.sampler.eta: only ddim puts noise back, the method is {sampler.method}; set eta = 0"
+    if optim.final_lr and optim.schedule == "constant":
+        yield "recipe.optim.final_lr: a constant schedule has no end; set final_lr = 0, or schedule to linear or cosine"
+
+
+def load_recipe(ref: str, *, trust_code: bool = False) -> Recipe:
+    """The recipe that `ref` names.
+
+    ref: a built-in name (``minisora.dit``), ``file.py:function``, a ``recipe.toml``, or a run directory.
+    trust_code: whether Python files may be imported: the one that `ref` names, and those that a TOML file or a run
+        directory names and that lie beside it. Files that this process has imported already need no such word.
+
+    Raises ConfigError for what is wrong with the reference or inside the recipe, FileNotFoundError for a missing file.
+    """
+    if (function := find_function(ref, trust_code=trust_code)) is None:
+        path = Path(ref)
+        return load_toml(path / RECIPE_FILE if path.is_dir() else path, trust_code=trust_code)
+    recipe = function()
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"{ref} returns {type(recipe).__name__}, not a Recipe")
+    return recipe
+
+
+def find_function(ref: str, *, trust_code: bool = False) -> Callable[[], Any] | None:
+    """The function behind a built-in name or ``file.py:function``; None for a file or folder.
+
+    Raises as `load_recipe`.
+    """
+    names = [info.name for info in list_recipes()]
+    if ref in names:
+        family, _, name = ref.partition(".")
+        function: Callable[[], Any] = getattr(importlib.import_module(f"mutoscope.recipes.{family}"), name)
+        return function
+    file, dot_py, name = ref.partition(".py")
+    if dot_py and (not name or name.startswith(":")):
+        return _file_function(Path(f"{file}.py"), name[1:], trust_code)
+    if ref.endswith(".toml") or Path(ref).is_dir():
+        return None
+    hint = did_you_mean(ref, names, "; `mutoscope recipes` lists them")
+    raise ConfigError(f"{ref}: no such recipe, file or run directory{hint}")
+
+
+def _file_function(path: Path, name: str, trust_code: bool) -> Callable[[], Any]:
+    if not (trust_code or is_loaded(path)):
+        raise ConfigError(f"{path}:{name} is Python code, which is run only if you say so: --trust-code")
+    module = load_file(path)
+    functions = {k: f for k, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
+    makers = [
+        k for k, f in functions.items() if returns_recipe(inspect.formatannotation(f.__annotations__.get("return")))
+    ]
+    if name not in functions:
+        listed = ", ".join(f"{path}:{k}" for k in makers) or "no function annotated `-> Recipe`"
+        raise ConfigError(
+            f"{path}{name and f':{name}'}: no such function{did_you_mean(name, makers, f'; there is {listed}')}"
+        )
+    return functions[name]
+
+
+def load_toml(path: Path, *, trust_code: bool = False, below: tuple[Path, ...] = ()) -> Recipe:
+    """The recipe in a TOML file, laid over its ``base`` where it names one: a reference as `load_recipe` takes,
+    whose path is relative to the file.
+
+    below: the files whose base this one is, which it may not start from in turn.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    chain = (*below, path.resolve())
+    if chain[-1] in below:
+        raise ConfigError(f"{below[-1]}: base goes round in a circle: {' -> '.join(p.name for p in chain)}")
+    tree, known = read_toml(path), {}
+    if BASE in tree:
+        base = _load_base(tree.pop(BASE), path, trust_code, chain)
+        tree, known = merge(to_dict(base), tree), classes(base)
+    try:
+        return from_dict(Recipe, tree, code_dir=path.parent if trust_code else None, known=known)
+    except ConfigError as error:
+        raise ConfigError(*(locate(problem, path) for problem in error.problems)) from None
+
+
+def _load_base(ref: Any, path: Path, trust_code: bool, chain: tuple[Path, ...]) -> Recipe:
+    if not isinstance(ref, str):
+        raise ConfigError(f"{path}: base: expected the name of a recipe, got {ref!r}")
+    beside = path.parent / ref
+    if ref.endswith(".toml"):
+        return load_toml(beside, trust_code=trust_code, below=chain)
+    is_path = ".py" in ref or beside.is_dir()
+    try:
+        return load_recipe(str(beside) if is_path else ref, trust_code=trust_code)
+    except ConfigError as error:
+        raise ConfigError(*(f"{path}: base: {problem}" for problem in error.problems)) from None

@@ -1,0 +1,45 @@
+"""The moving average of the weights, which is what gets sampled, validated and exported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """avg ← d·avg + (1 − d)·weights after each optimizer step, in fp32.
+
+    d warms up as (1 + n)/(10 + n), so that an average of few steps is not an average of the initial weights
+    (as TensorFlow's ExponentialMovingAverage does with num_updates). Buffers are taken as they are.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.averages = {name: p.detach().clone().float() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after optimizer step `step`, counted from 1."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        params = [p.detach().float() for p in model.parameters()]
+        torch._foreach_lerp_(list(self.averages.values()), params, 1 - decay)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """The model carries the averages inside the block."""
+        with torch.no_grad():
+            kept = {name: p.detach().clone() for name, p in model.named_parameters()}
+            _copy(self.averages, model)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                _copy(kept, model)
+
+
+def _copy(values: dict[str, Tensor], model: nn.Module) -> None:
+    for name, p in model.named_parameters():
+        p.copy_(values[name])

@@ -1,0 +1,102 @@
+"""What a run says while it goes on: a progress bar, metrics.jsonl, TensorBoard, and wandb where it is asked for."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from mutoscope.run import Run
+
+console = Console(stderr=True, highlight=False)
+"""Where people read; standard output is left to results."""
+
+
+class Log:
+    """The log of one run, written by the main process; on the others every method does nothing."""
+
+    def __init__(self, run: Run, name: str, steps: int, wandb: str | None, enabled: bool) -> None:
+        self.enabled, self.name, self.steps = enabled, name, steps
+        self.started, self.first_step, self.last = time.monotonic(), 0, (time.monotonic(), 0)
+        if not enabled:
+            return
+        self.file = open(run.metrics_file, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
+        self.tensorboard = SummaryWriter(str(run.folder / "tensorboard"))
+        self.wandb = _start_wandb(wandb, run) if wandb else None
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"),
+            TimeRemainingColumn(), TextColumn("{task.fields[status]}"), console=console,
+            disable=not console.is_terminal,
+        )  # fmt: skip
+        self.bar = self.progress.add_task(name, total=steps, status="")
+
+    def __enter__(self) -> Log:
+        if self.enabled:
+            self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self.enabled:
+            self.progress.stop()
+            self.file.close()
+            self.tensorboard.close()
+            if self.wandb is not None:
+                self.wandb.finish(exit_code=0 if kind is None else 1)
+
+    def start_at(self, step: int) -> None:
+        """Measure time from here: `step` steps were done before."""
+        self.started, self.first_step, self.last = time.monotonic(), step, (time.monotonic(), step)
+        if self.enabled:
+            self.progress.update(self.bar, completed=step)
+
+    def train(self, step: int, values: dict[str, float], samples_per_step: int) -> None:
+        """Log training at optimizer step `step`, with throughput since the last call and memory."""
+        if not self.enabled:
+            return
+        now, (then, last_step) = time.monotonic(), self.last
+        self.last = now, step
+        rate = (step - last_step) * samples_per_step / max(now - then, 1e-9)
+        memory = peak_memory()
+        self.scalars(step, {**values, "samples_per_second": rate, "peak_memory_gib": memory / 2**30})
+        status = f"loss {values['loss']:.4f} · {rate:.1f} samples/s · {memory / 2**30:.2f} GiB"
+        self.progress.update(self.bar, completed=step, status=status)
+        if not console.is_terminal:
+            eta = (now - self.started) / max(step - self.first_step, 1) * (self.steps - step)
+            console.print(f"{self.name}  {step}/{self.steps}  {status} · ETA {int(eta) // 60}:{int(eta) % 60:02d}")
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Write numbers of optimizer step `step` to all logs."""
+        if not self.enabled:
+            return
+        self.file.write(json.dumps({"step": step, "seconds": time.monotonic() - self.started, **values}) + "\n")
+        for key, value in values.items():
+            self.tensorboard.add_scalar(key, value, step)
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        if self.enabled:
+            console.print(f"{self.name}  {text}", markup=False)
+
+
+def peak_memory() -> int:
+    """Peak memory of this process so far, in bytes: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _start_wandb(project: str, run: Run) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError('recipe.wandb is set, but wandb is not installed: pip install "mutoscope[wandb]"') from None
+    return wandb.init(project=project, name=run.folder.name, dir=run.folder, resume="allow")

@@ -1,0 +1,260 @@
+"""The only training loop. Read it from `train` down; what is learned is the objective's business, not its.
+
+All counters are integers that a checkpoint keeps: `step` counts optimizer steps, `samples` the training samples that
+all processes have consumed. Data, noise and learning rate are functions of them, so a resumed run repeats nothing,
+skips nothing, and ends in the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.utils.checkpoint import checkpoint as recompute
+
+from mutoscope.build import build_encoder, build_model
+from mutoscope.data.buckets import Batches, iterate_once
+from mutoscope.encode import Encoder, Source, open_source
+from mutoscope.pictures import write_grid
+from mutoscope.randomness import Draw, seed_of
+from mutoscope.recipe import Recipe, validate
+from mutoscope.run import Run
+from mutoscope.sample import Generator, preview
+from mutoscope.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from mutoscope.training.ema import EMA
+from mutoscope.training.engine import Engine
+from mutoscope.training.log import Log
+from mutoscope.training.optimizers import build_optimizers, set_learning_rates
+from mutoscope.training.signals import StopFlag, Stopped, stopping_softly
+from mutoscope.types import Batch, Loss
+from mutoscope.weights import load_strict, read_weights, save_weights
+
+VALIDATION_CLIPS = 64
+"""Clips of the val split, the first by id, that the validation loss is taken over."""
+
+
+def train(recipe: Recipe, out: Path) -> Run:
+    """Train a recipe in the run directory `out`, from where an earlier run of it stopped.
+
+    Raises ValueError for whatever is wrong with the recipe, before anything expensive; Stopped after SIGTERM or
+    SIGINT, with a checkpoint written; RuntimeError after too many non-finite steps in a row.
+    """
+    validate(recipe)
+    engine = Engine.start(recipe.parallel)
+    run = Run(out)
+    try:
+        with run.locked() if engine.main else nullcontext(), stopping_softly() as stop:
+            with engine.main_first():
+                if engine.main:
+                    run.prepare(recipe)
+            with Log(run, out.name, recipe.steps, recipe.wandb, enabled=engine.main) as log:
+                _train(recipe, run, engine, log, stop)
+    finally:
+        engine.stop()
+    return run
+
+
+def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -> None:
+    # 1. Build. Order of initialisation: a checkpoint of this run > recipe.init_from > fresh weights
+    encoder = build_encoder(recipe, engine.device)
+    sources = {split: open_source(recipe, encoder, split) for split in ("train", "val")}
+    if engine.main:
+        run.save_latent_stats(encoder.stats)
+    model = build_model(recipe, encoder.spec).to(engine.device)
+    if recipe.init_from is not None:
+        weights = Run(Path(recipe.init_from)).weights
+        load_strict(model, read_weights(weights), source=str(weights))
+    state = TrainState(model, build_optimizers(model, recipe.optim), EMA(model, recipe.ema) if recipe.ema else None)
+    newest = newest_checkpoint(run.checkpoints, engine, log.say)
+    if newest is not None:
+        state.load(newest)
+        log.say(f"resuming from {newest}")
+        if engine.main:
+            run.forget_after(state.step)
+    engine.check_in_sync(model)
+    trainee = engine.wrap(_prepared(model, recipe))
+    batches = Batches(size=len(sources["train"]), batch_size=recipe.batch_size, seed=recipe.seed,
+                      rank=engine.rank, world=engine.world, start=state.samples)  # fmt: skip
+    clips = sources["train"].loader(batches, recipe.data.workers)
+    generator = Generator(recipe, model, encoder)
+    per_step = recipe.batch_size * recipe.accumulate * engine.world
+
+    # 2. What would fail at hour ten fails now
+    log.start_at(state.step)
+    if state.step == 0:
+        _validate(recipe, engine, state, sources["val"], encoder, log, due=True)
+        _preview(recipe, run, engine, state, generator, sources["val"], due=True)
+
+    # 3. Train
+    bad_steps = 0
+    while state.step < recipe.steps:
+        lr = set_learning_rates(state.optimizers, recipe.optim, state.step, recipe.steps)
+        losses, norm = _forward_backward(recipe, engine, state, trainee, encoder, clips)
+        finite = bool(norm.isfinite())  # the same on all processes: the norm is of the averaged gradients
+        if finite:
+            for optimizer in state.optimizers:
+                optimizer.step()
+        else:
+            log.say(f"step {state.step + 1}: the loss or its gradient is not finite; skipped. {_suspects(losses)}")
+        recipe.objective.after_step(model, engine.sum, skipped=not finite)
+        for optimizer in state.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        bad_steps = 0 if finite else bad_steps + 1
+        epochs_before = state.samples // len(sources["train"])
+        state.step, state.samples = state.step + 1, state.samples + per_step
+        if state.samples // len(sources["train"]) > epochs_before:
+            log.scalars(state.step, recipe.objective.after_epoch(model, epochs_before, engine.sum))
+        if state.ema is not None and finite:
+            state.ema.update(model, state.step)
+
+        # 4. Log, validate, show, save, each on its schedule
+        last = state.step == recipe.steps
+        stopping = engine.any(stop.signal_number != 0) or bad_steps >= recipe.optim.max_bad_steps
+        if state.step % recipe.log_every == 0 or last:
+            values = _mean_over_processes(losses, engine) | {"lr": lr, "grad_norm": float(norm)}
+            log.train(state.step, values | {"skipped": float(not finite)}, per_step)
+        _validate(recipe, engine, state, sources["val"], encoder, log, due=last)
+        _preview(recipe, run, engine, state, generator, sources["val"], due=last)
+        if state.step % recipe.save_every == 0 or last or stopping:
+            save_checkpoint(run.checkpoints, state.step, state.tensors(), {"samples": state.samples}, engine)
+        if bad_steps >= recipe.optim.max_bad_steps:
+            raise RuntimeError(f"{bad_steps} steps in a row were not finite; stopped. {_suspects(losses)} "
+                               "Lower optim.lr, or look at these clips.")  # fmt: skip
+        if stopping and not last:
+            raise Stopped(stop.signal_number, f"stopped at step {state.step}; the same command goes on from there")
+
+    # 5. What the run is for
+    if engine.main:
+        with state.averaged():
+            save_weights(run.weights, model.state_dict(), {"recipe": type(recipe.model).__name__})
+        log.say(f"weights: {run.weights}")
+    engine.barrier()
+
+
+@dataclass
+class TrainState:
+    """All that a run changes; everything else is a function of the recipe."""
+
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    ema: EMA | None
+    step: int = 0
+    samples: int = 0
+
+    def tensors(self) -> dict[str, Any]:
+        """The tensors of a checkpoint, as a tree; filling them in place does not set the optimizers'."""
+        optimizer = get_optimizer_state_dict(self.model, self.optimizers)
+        tree = {"model": self.model.state_dict(), "optimizer": optimizer["state"]}
+        return tree | ({"ema": self.ema.averages} if self.ema is not None else {})
+
+    def load(self, path: Path) -> None:
+        """Become what a checkpoint holds."""
+        optimizer = get_optimizer_state_dict(self.model, self.optimizers)
+        numbers = load_checkpoint(path, self.tensors() | {"optimizer": optimizer["state"]})
+        set_optimizer_state_dict(self.model, self.optimizers, optimizer)
+        self.step, self.samples = numbers["step"], numbers["samples"]
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The model carries the averaged weights inside the block, where there are any."""
+        return self.ema.applied(self.model) if self.ema is not None else nullcontext()
+
+
+def _prepared(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """The model's blocks recomputed in the backward pass and compiled, as the recipe asks; parameters keep names."""
+    if recipe.activation_checkpointing:
+        for block in model.blocks:  # type: ignore[union-attr]
+            block.forward = partial(recompute, block.forward, use_reentrant=False)
+    if recipe.compile:
+        for block in model.blocks:  # type: ignore[union-attr]
+            block.compile()
+    return model
+
+
+def _forward_backward(
+    recipe: Recipe, engine: Engine, state: TrainState, trainee: nn.Module, encoder: Encoder, clips: Iterator[Any]
+) -> tuple[list[tuple[Batch, Loss]], Tensor]:
+    """The micro-steps of one optimizer step, and the clipped gradient's norm before clipping.
+
+    Every micro-batch weighs alike and all have the same size, so the gradient is that of the mean over all samples.
+    """
+    trainee.train()
+    # Dropout, where a model has it, is the one thing that draws from the global generator
+    torch.manual_seed(seed_of(recipe.seed, "dropout", state.step, engine.rank))
+    done = []
+    for micro in range(recipe.accumulate):
+        raw = next(clips)
+        draw = Draw(recipe.seed, "train", raw.samples, engine.device)
+        batch = encoder.batch(raw, draw)
+        with engine.accumulating(trainee, last=micro == recipe.accumulate - 1):
+            with torch.autocast(engine.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                loss = recipe.objective.loss(trainee, batch, draw)
+            (loss.total / recipe.accumulate).backward()
+        done.append((batch, loss))
+    limit = recipe.optim.max_grad_norm or float("inf")
+    return done, nn.utils.clip_grad_norm_(state.model.parameters(), limit)
+
+
+def _mean_over_processes(losses: list[tuple[Batch, Loss]], engine: Engine) -> dict[str, float]:
+    rows = [{"loss": loss.total.detach()} | loss.parts for _, loss in losses]
+    stacked = torch.stack([torch.stack([row[key].float() for row in rows]).mean() for key in rows[0]])
+    return dict(zip(rows[0], engine.mean(stacked).tolist(), strict=True))
+
+
+def _suspects(losses: list[tuple[Batch, Loss]]) -> str:
+    bad = [i for batch, loss in losses for i, x in zip(batch.ids, loss.per_sample.tolist(), strict=True) if x - x != 0]
+    return f"Clips with a non-finite loss: {', '.join(bad)}." if bad else "No single clip's loss is to blame."
+
+
+def _validate(
+    recipe: Recipe, engine: Engine, state: TrainState, source: Source, encoder: Encoder, log: Log, due: bool
+) -> None:
+    """Log the averaged weights' loss over the val clips, with draws that are the same every time."""
+    every = recipe.validate_every
+    if not every or not (due or state.step % every == 0):
+        return
+    size = min(len(source), VALIDATION_CLIPS)
+    totals: dict[str, Tensor] = {}
+    count = torch.zeros((), device=engine.device)
+    state.model.eval()
+    with torch.no_grad(), state.averaged():
+        for raw in source.loader(iterate_once(size, recipe.batch_size, engine.rank, engine.world), 0):
+            draw = Draw(recipe.seed, "validate", raw.samples, engine.device)
+            batch = encoder.batch(raw, None)
+            with torch.autocast(engine.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                loss = recipe.objective.validation_loss(state.model, batch, draw)
+            for key, value in ({"loss": loss.total} | loss.parts).items():
+                totals[key] = totals.get(key, 0) + value.float() * len(batch.ids)
+            count += len(batch.ids)
+    if not totals:  # fewer val clips than processes: this one had none, and the sums need its zeros
+        raise ValueError(f"data: {size} val clips are too few for {engine.world} processes")
+    means = torch.stack(list(totals.values()))
+    means = engine.sum(means) / engine.sum(count)
+    log.scalars(state.step, {f"val_{k}": v for k, v in zip(totals, means.tolist(), strict=True)})
+    log.say(f"step {state.step}: validation loss {means[0]:.4f}")
+
+
+def _preview(
+    recipe: Recipe, run: Run, engine: Engine, state: TrainState, generator: Generator, source: Source, due: bool
+) -> None:
+    """Write what the averaged weights draw for the conditions of the first val clips, below those clips themselves."""
+    every = recipe.sample_every
+    if not every or not (due or state.step % every == 0):
+        return
+    if engine.main:
+        num = min(recipe.num_samples, len(source))
+        raw = next(islice(source.loader(iterate_once(num, num), 0), 1))
+        with state.averaged():
+            videos = preview(
+                generator, generator.encoder.batch(raw, None), Draw(recipe.seed, "preview", range(num), engine.device)
+            )
+        real = source.videos(range(num))
+        write_grid(run.samples / f"{state.step:08d}", [list(real), list(videos)], recipe.data.fps or 8)
+    engine.barrier()

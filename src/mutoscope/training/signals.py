@@ -1,0 +1,42 @@
+"""SIGTERM and SIGINT ask for a stop at the end of the step; a second one is no longer caught."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has written a checkpoint."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+class StopFlag:
+    """The signal that asked for a stop, or 0."""
+
+    signal_number = 0
+
+
+@contextmanager
+def stopping_softly() -> Iterator[StopFlag]:
+    """Inside the block, the first SIGTERM or SIGINT sets the flag; the second acts as it would without us."""
+    flag = StopFlag()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        flag.signal_number = number
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

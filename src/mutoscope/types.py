@@ -1,0 +1,181 @@
+"""The nouns that travel between rooms, and THE legend of shapes.
+
+    B b  batch                    C T H W  channels, frames, height, width of pixels, floats in [-1, 1]
+    L l  text tokens              c t h w  channels and grid of latents or tokens
+    D d  width of an embedding    N n      positions of one video (t·h·w)          K k  vocabulary
+
+Video and latents are ``(B, C, T, H, W)`` everywhere inside; a model that wants another order permutes inside its
+own file. At rest a video is uint8 ``(T, H, W, C)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+NO_LABEL = -1
+"""The label of a sample without one; models map it to their null embedding (classifier-free guidance)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSpec:
+    """How a grid of latents or tokens lies over the pixels of a clip; derived from the autoencoder."""
+
+    strides: tuple[int, int, int]
+    """Pixels per latent position along (T, H, W)."""
+    channels: int
+    """Channels of the latents; for tokens, of the vectors that the codes stand for."""
+    vocab: int | None = None
+    """Number of codes where the autoencoder yields tokens; None for continuous latents."""
+    first_frame_alone: bool = False
+    """Causal autoencoders encode the first frame by itself: T = 1 + stride·(t − 1) instead of T = stride·t."""
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(T, H, W) of a clip -> (t, h, w) of its latents. Raises ValueError naming the nearest size that fits."""
+        lead = 1 if self.first_frame_alone else 0
+        grid = []
+        for name, size, stride, extra in zip(
+            ("frames", "height", "width"), (frames, height, width), self.strides, (lead, 0, 0), strict=True
+        ):
+            if size < 1 or (size - extra) % stride:
+                below = max((size - extra) // stride * stride + extra, extra or stride)
+                rule = f"{stride}·n + 1" if extra else f"a multiple of {stride}"
+                raise ValueError(f"{name}={size} does not fit this autoencoder: it must be {rule} "
+                                 f"(nearest: {below} or {below + stride})")  # fmt: skip
+            grid.append((size - extra) // stride + extra)
+        return grid[0], grid[1], grid[2]
+
+    def pixel_shape(self, t: int, h: int, w: int) -> tuple[int, int, int]:
+        """(t, h, w) of latents -> (T, H, W) of the clip; the inverse of `latent_shape`."""
+        st, sh, sw = self.strides
+        return (1 + st * (t - 1) if self.first_frame_alone else st * t), sh * h, sw * w
+
+
+PIXELS = LatentSpec(strides=(1, 1, 1), channels=3)
+"""The spec of a model that works on pixels, with no autoencoder before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cond:
+    """What a video is conditioned on. Every field is optional; a model reads those it knows."""
+
+    text: Float[Tensor, "b l d"] | None = None
+    """Embeddings of the caption, zero where `text_mask` is False."""
+    text_mask: Bool[Tensor, "b l"] | None = None
+    """True on real text tokens; a row that is False throughout means 'no caption'."""
+    label: Int[Tensor, "b"] | None = None
+    """Class index, or NO_LABEL."""
+
+    def dropped(self, drop: Bool[Tensor, "b"]) -> Cond:
+        """This condition with all of it removed for the samples where `drop` is True.
+
+        The one place where conditions are dropped: for classifier-free guidance in training and for the
+        unconditional pass in sampling.
+        """
+        keep = ~drop
+        return replace(
+            self,
+            text=None if self.text is None else self.text * keep[:, None, None],
+            text_mask=None if self.text_mask is None else self.text_mask & keep[:, None],
+            label=None if self.label is None else torch.where(keep, self.label, NO_LABEL),
+        )
+
+    def to(self, device: torch.device) -> Cond:
+        """The same condition on another device."""
+        return self._map(lambda value: value.to(device, non_blocking=True))
+
+    def rows(self, rows: slice) -> Cond:
+        """The condition of some of the samples."""
+        return self._map(lambda value: value[rows])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Cond:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Cond(**{name: None if value is None else change(value) for name, value in values.items()})
+
+    @staticmethod
+    def stack(conds: Sequence[Cond]) -> Cond:
+        """Conditions joined along the batch; texts of unequal length are padded with masked zeros."""
+        return Cond(
+            text=_cat([c.text for c in conds]),
+            text_mask=_cat([c.text_mask for c in conds]),
+            label=_cat([c.label for c in conds]),
+        )
+
+
+def _cat(parts: list[Tensor | None]) -> Tensor | None:
+    present = [p for p in parts if p is not None]
+    if not present:
+        return None
+    if len(present) != len(parts):
+        raise ValueError("some samples of a batch carry a condition that others lack")
+    if present[0].ndim > 1:
+        longest = max(p.shape[1] for p in present)
+        grow = lambda p: torch.nn.functional.pad(p, [0, 0] * (p.ndim - 2) + [0, longest - p.shape[1]])
+        present = [grow(p) for p in present]
+    return torch.cat(present)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What an objective learns from. An objective reads the one of `video`, `latents`, `tokens` that it is about."""
+
+    ids: list[str]
+    """The clips' stable ids, for error messages."""
+    samples: list[int]
+    """The samples' places in the endless stream of training samples: the counter that their randomness hangs on."""
+    cond: Cond
+    video: Float[Tensor, "b c t h w"] | None = None
+    """Pixels in [-1, 1]."""
+    latents: Float[Tensor, "b c t h w"] | None = None
+    """Normalised latents (zero mean and unit variance per channel)."""
+    tokens: Int[Tensor, "b t h w"] | None = None
+    """Codes in [0, vocab)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What an objective returns: a mean over the batch's samples."""
+
+    total: Float[Tensor, ""]
+    """The scalar to call backward on."""
+    per_sample: Float[Tensor, "b"]
+    """Detached losses by sample, to name the sample that went wrong."""
+    parts: dict[str, Tensor]
+    """Detached scalars for the log, means over the batch."""
+
+
+class Autoencoder(Protocol):
+    """A module that turns clips into latents or tokens and back."""
+
+    spec: LatentSpec
+
+    def encode(self, video: Float[Tensor, "b c t h w"]) -> Tensor:
+        """Pixels in [-1, 1] -> moments (b, c or 2c, t, h, w): the posterior's mean and, for a variational
+        autoencoder, its log-variance behind it along the channels; or tokens, int64 (b, t, h, w), where `spec.vocab`
+        is set. Deterministic."""
+        ...
+
+    def decode(self, latents: Tensor) -> Float[Tensor, "b c t h w"]:
+        """Latents (b, c, t, h, w), not normalised, or tokens (b, t, h, w) -> pixels in [-1, 1]."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelIO:
+    """What a model has to fit: derived from the data, the autoencoder and the text encoder, never typed twice."""
+
+    channels: int
+    """Channels of the latents (3 for pixels)."""
+    grid: tuple[int, int, int]
+    """(t, h, w) that the recipe trains at."""
+    vocab: int | None = None
+    """Number of codes, for models over tokens."""
+    text_dim: int | None = None
+    """Width of the text embeddings; None without text."""
+    num_labels: int = 0
+    """Number of classes; 0 without labels."""

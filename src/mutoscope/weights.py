@@ -1,0 +1,123 @@
+"""Weights in safetensors files: written whole or not at all, checked when read, and loaded strictly.
+
+A flipped byte in a safetensors file loads silently, and a key that does not match is easily passed over. Our files
+carry a hash of their own tensors, and `load_strict` fails on every key that is not accounted for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mutoscope.files import replacing
+
+HASH = "mutoscope_xxh3_128"
+"""The key of the file's metadata that holds the hash of its tensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What a strict load did."""
+
+    matched: list[str]
+    """Keys that were loaded."""
+    missing: list[str]
+    """Keys of the module that the file lacks, all of them allowed."""
+    unexpected: list[str]
+    """Keys of the file that the module lacks, all of them allowed."""
+
+
+def hash_weights(weights: nn.Module | Mapping[str, Tensor]) -> str:
+    """xxh3-128 over the state dict's names, dtypes, shapes and bytes, in the order of names; on any device the same."""
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    digest = xxhash.xxh3_128()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write a state dict as safetensors, with its hash; returns the hash."""
+    seen: set[int] = set()
+    unshared = {}
+    for name, tensor in state.items():  # the format refuses tensors that share memory, as tied weights do
+        tensor = tensor.detach().cpu().contiguous()
+        pointer = tensor.untyped_storage().data_ptr()
+        unshared[name] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    digest = hash_weights(unshared)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as aside:
+        save_file(unshared, aside, metadata={"format": "pt", **(metadata or {}), HASH: digest})
+    return digest
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict of a safetensors file, on the CPU.
+
+    Raises FileNotFoundError, or ValueError where the file is cut short or its tensors are not those that were written
+    (files that others wrote carry no hash, and only their form is checked).
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            expected = (file.metadata() or {}).get(HASH)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it has no __iter__)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged, or not a safetensors file: {error}") from None
+    if expected is not None and hash_weights(state) != expected:
+        raise ValueError(f"{path}: damaged: its tensors hash to {hash_weights(state)}, written were {expected}")
+    return state
+
+
+def load_strict(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    *,
+    allow_missing: Collection[str] = (),
+    allow_unexpected: Collection[str] = (),
+) -> LoadReport:
+    """Load a state dict into a module, every key accounted for.
+
+    Raises ValueError naming `source` and the first keys that are missing from it, unexpected in it, or of another
+    shape, save those that are allowed; the module is then unchanged.
+    """
+    wanted = module.state_dict()
+    report = LoadReport(
+        matched=[k for k in wanted if k in state],
+        missing=[k for k in wanted if k not in state],
+        unexpected=[k for k in state if k not in wanted],
+    )
+    misshapen = [
+        f"{k} {list(state[k].shape)} for {list(wanted[k].shape)}"
+        for k in report.matched
+        if state[k].shape != wanted[k].shape
+    ]
+    faults = {
+        "missing": [k for k in report.missing if k not in allow_missing],
+        "unexpected": [k for k in report.unexpected if k not in allow_unexpected],
+        "of another shape": misshapen,
+    }
+    if any(faults.values()) or not report.matched:
+        told = "".join(
+            f"\n  {len(keys)} {what}: {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}"
+            for what, keys in faults.items()
+            if keys
+        )
+        raise ValueError(
+            f"{source}: these weights are not of this {type(module).__name__}: "
+            f"{len(report.matched) - len(misshapen)} of {len(wanted)} keys match{told}"
+        )
+    module.load_state_dict({k: state[k] for k in report.matched}, strict=False)
+    return report
