@@ -75,7 +75,7 @@ def _module_docs(module: str) -> dict[str, dict[str, str]]:
     """The attribute docstrings of the classes at a module's top level, by class."""
     try:
         body = ast.parse(inspect.getsource(sys.modules[module])).body
-    except (OSError, TypeError):  # made at a prompt: there is no source to read them from
+    except (KeyError, OSError, TypeError):  # made at a prompt: there is no source to read them from
         return {}
     docs: dict[str, dict[str, str]] = {c.name: {} for c in body if isinstance(c, ast.ClassDef)}
     for cls in (c for c in body if isinstance(c, ast.ClassDef)):

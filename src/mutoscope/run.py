@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 
-from mutoscope.config import to_dict
+from mutoscope.config import classes, to_dict
 from mutoscope.data.store import LatentStats
 from mutoscope.files import replacing
 from mutoscope.recipe import Recipe, load_recipe
 from mutoscope.toml import dump_toml
+from mutoscope.user_code import code_files
 
 FREE_TO_CHANGE = (
     "steps", "log_every", "validate_every", "sample_every", "save_every", "num_samples", "wandb", "compile",
@@ -105,6 +106,8 @@ class Run:
                     + "\n  ".join(different)
                     + "\nChoose another --out, or set these fields back."
                 )
+        for file in code_files(classes(recipe)):
+            _write(self.folder / file.name, file.read_text())
         _write(self.recipe_file, dump_toml(recipe))
         _write(self.folder / "environment.json", json.dumps(environment(), indent=2))
 
@@ -140,7 +143,7 @@ def environment() -> dict[str, Any]:
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
         leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return leaves

@@ -65,11 +65,16 @@ class Cond:
     """What a video is conditioned on. Every field is optional; a model reads those it knows."""
 
     text: Float[Tensor, "b l d"] | None = None
-    """Embeddings of the caption, zero where `text_mask` is False."""
+    """Embeddings of the caption, zero where `text_mask` is False; comes with its mask or not at all."""
     text_mask: Bool[Tensor, "b l"] | None = None
     """True on real text tokens; a row that is False throughout means 'no caption'."""
     label: Int[Tensor, "b"] | None = None
     """Class index, or NO_LABEL."""
+
+    def __post_init__(self) -> None:
+        # Without a mask, padding and dropped captions would be attended to as if they were words
+        if (self.text is None) != (self.text_mask is None):
+            raise ValueError("a Cond needs both of text and text_mask, or neither")
 
     def dropped(self, drop: Bool[Tensor, "b"]) -> Cond:
         """This condition with all of it removed for the samples where `drop` is True.

@@ -26,7 +26,7 @@ def consumed(steps: int, *, size: int, batch_size: int, accumulate: int, world: 
             for _ in range(steps)]  # fmt: skip
 
 
-@settings(max_examples=200)
+@settings(max_examples=50, deadline=None)
 @given(size=st.integers(1, 30), batch_size=small, accumulate=small, world=small, start=st.integers(0, 200))
 def test_every_step_takes_the_next_samples_whatever_their_division(
     size: int, batch_size: int, accumulate: int, world: int, start: int
@@ -37,7 +37,7 @@ def test_every_step_takes_the_next_samples_whatever_their_division(
         assert step == stream(size, 3, start + k * per_step, per_step)
 
 
-@settings(max_examples=100)
+@settings(max_examples=50, deadline=None)
 @given(size=st.integers(1, 30), before=st.tuples(small, small, small), after=st.tuples(small, small, small),
        steps=st.integers(0, 5))  # fmt: skip
 def test_a_run_resumes_with_another_division(
@@ -51,6 +51,7 @@ def test_a_run_resumes_with_another_division(
     assert samples == stream(size, 3, 0, len(samples))
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, 60), epoch=st.integers(0, 1000), seed=st.integers(0, 2**40))
 def test_an_epoch_is_a_permutation(size: int, epoch: int, seed: int) -> None:
     assert sorted(epoch_order(seed, epoch, size).tolist()) == list(range(size))
@@ -71,6 +72,7 @@ def test_orders_differ_and_are_uniform() -> None:
     assert ((counts - 100) ** 2 / 100).sum() < 50  # ... equally often: chi² with 23 degrees, p = 0.001.
 
 
+@settings(max_examples=50, deadline=None)
 @given(size=st.integers(1, 40), batch_size=small, world=small)
 def test_once_means_once_and_in_order(size: int, batch_size: int, world: int) -> None:
     ranks = [list(iterate_once(size, batch_size, r, world)) for r in range(world)]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mutoscope.data.flying_mnist import PRESETS, render
@@ -142,6 +142,7 @@ def test_the_held_out_share_is_about_what_was_asked() -> None:
         assert abs(held_out - fraction) < 0.02
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.sets(st.text(max_size=8), min_size=2), st.sets(st.text(max_size=8)), st.floats(0, 0.99))
 def test_added_clips_move_none_into_val(some: set[str], more: set[str], fraction: float) -> None:
     before, after = split_by_hash(sorted(some), fraction), split_by_hash(sorted(some | more), fraction)

@@ -188,7 +188,7 @@ def test_a_full_disk_loses_nothing_that_was_committed(tmp_path: Path) -> None:
     write(tmp_path, records[:1])
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises(OSError), ShardWriter(tmp_path, 0) as writer:  # noqa: PT012 (the exit belongs to it)
+        with pytest.raises(OSError), ShardWriter(tmp_path, 0) as writer:
             resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))
             for key, tensor in records[1:]:
                 writer.append(key, tensor)

@@ -189,6 +189,8 @@ def test_equal_frames_give_equal_bytes(tmp_path: Path) -> None:
         for name in ("a.mp4", "b.mp4"):
             write_video(tmp_path / name, noise, 24, lossless=lossless)
         assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+        # x264's macroblock tree makes them differ, but seldom: only where freed memory is found in a bad state.
+        assert b"threads=1" in (tmp_path / "a.mp4").read_bytes() and b"mbtree=0" in (tmp_path / "a.mp4").read_bytes()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -225,6 +227,7 @@ def test_resampling_golden() -> None:
     assert at(varying, 10) == [0, 1, 2, 2, 2, 3]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 500), st.one_of(st.sampled_from([24000 / 1001, 30000 / 1001, 25.0]), st.floats(0.5, 240)))
 def test_resampling_to_the_same_rate_changes_nothing(count: int, fps: float) -> None:
     assert frames_at(constant(count, fps), fps).tolist() == list(range(count))
@@ -253,7 +256,7 @@ def test_resize_geometry() -> None:
     assert resize(frames, 40, 80, "pad") is frames
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(*[st.integers(1, 40)] * 4, st.sampled_from(["crop", "pad", "squash"]))
 def test_resize_of_any_size(h1: int, w1: int, h2: int, w2: int, mode: str) -> None:
     white = resize(np.full((2, h1, w1, 3), 255, np.uint8), h2, w2, mode)

@@ -128,7 +128,7 @@ class Preset:
 
 _FAITHFUL = Preset(
     name="11k", size=512, frames=100, fps=10, digits=(1, 8), glyph=(50, 119), margin=4 / 28,
-    speeds=tuple(range(10, 40)), directions=None, palette=None, hard_edges=True, lossless=False,
+    speeds=tuple(map(float, range(10, 40))), directions=None, palette=None, hard_edges=True, lossless=False,
     train=10_000, val=1_000,
 )  # fmt: skip
 

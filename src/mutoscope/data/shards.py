@@ -81,13 +81,13 @@ class Shards:
         dtype = getattr(torch, record.dtype)
         if record.nbytes == 0:  # nothing to read, and empty files cannot be mapped
             return torch.empty(record.shape, dtype=dtype)
-        data = np.array(self._bytes(key, record))
-        if xxhash.xxh3_64_hexdigest(data.data) != record.digest:
+        mapped = self._bytes(key, record)
+        if xxhash.xxh3_64_hexdigest(mapped.data) != record.digest:
             raise StoreError(
                 f"{shard_path(self.folder, record.shard)}: record {key!r} ({record.nbytes} bytes at {record.offset}) "
                 f"is damaged: {_cure(self.folder, record.shard)}"
             )
-        return torch.from_numpy(data).view(dtype).view(record.shape)
+        return torch.from_numpy(mapped.copy()).view(dtype).view(record.shape)
 
     def _bytes(self, key: str, record: Record) -> np.ndarray:
         """The record's bytes, mapped. The file's size is looked at first: reading past its end kills the process."""

@@ -294,10 +294,10 @@ def write_video(
 def _encode(path: Path, frames: UInt8[np.ndarray, "t h w 3"], fps: float | int, lossless: bool) -> None:
     # bitexact keeps the muxer's version and the time of day out of the file; faststart lets a player begin at once.
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"}) as container:
-        codec, quality = ("libx264rgb", "qp") if lossless else ("libx264", "crf")
-        stream = container.add_stream(
-            codec, rate=Fraction(fps).limit_denominator(1001), options={quality: "0" if lossless else "18"}
-        )
+        codec = "libx264rgb" if lossless else "libx264"
+        # The macroblock tree reads memory that nothing wrote, and the bytes differ from one run to the next.
+        options = {"qp": "0"} if lossless else {"crf": "18", "x264-params": "mbtree=0"}
+        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
         assert isinstance(stream, VideoStream)
         stream.height, stream.width = frames.shape[1:3]
         stream.codec_context.thread_count = 1

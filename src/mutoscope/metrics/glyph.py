@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Int64, UInt8
@@ -56,13 +57,14 @@ class GlyphMetric:
             raise ValueError(f"the glyph metric reads clips of one digit; preset {preset.name!r} has {preset.digits}")
         self.preset = preset
         low, high = preset.glyph
-        boxes = []
+        drawn = np.zeros((10, templates, high + 4, high + 4), np.uint8)  # Room around the ink, as in a frame.
         for digit in range(10):
             for n in range(templates):
-                drawn = draw_digit(digit, low + n % (high - low + 1), seed_of("template", digit, n), preset.margin)
-                grey = F.pad(torch.from_numpy(drawn)[None] / 255, (2, 2, 2, 2))
-                boxes.append(_boxed(grey, grey > 0.5))
-        self.templates = _normalised(torch.cat(boxes)).view(10, templates, BOX * BOX)
+                size = low + n % (high - low + 1)
+                glyph = draw_digit(digit, size, seed_of("template", digit, n), preset.margin)
+                drawn[digit, n, 2 : 2 + size, 2 : 2 + size] = glyph
+        grey = torch.from_numpy(drawn).flatten(0, 1) / 255
+        self.templates = _normalised(_boxed(grey, grey > 0.5)).view(10, templates, BOX * BOX)
         paths = torch.stack([torch.from_numpy(plan(preset, "val", i)[0].positions) for i in range(500)]).float()
         self.real_displacement = _mean_step(paths, torch.ones(paths.shape[:2], dtype=torch.bool))
         """Displacement of 500 of the preset's own clips."""

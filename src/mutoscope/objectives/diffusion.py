@@ -8,6 +8,7 @@ All arithmetic here is fp32: in bf16 the target's cancellation alone shows as a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -30,8 +31,8 @@ class Diffusion(ObjectiveConfig):
     schedule: Literal["flow", "ddpm_linear", "ddpm_cosine", "edm"] = "flow"
     """The path from data to noise."""
     prediction: Literal["velocity", "eps", "v", "x0", "edm"] = "velocity"
-    """What the network predicts. velocity (ε − x0) goes with flow, eps with ddpm,
-    v and x0 with both, edm with edm."""
+    """What the network predicts. velocity (ε − x0) goes with flow, eps with ddpm_linear,
+    v and x0 with flow and ddpm, edm with edm."""
     timesteps: Literal["uniform", "logit_normal"] = "logit_normal"
     """Distribution of training times on the flow schedule; ddpm is uniform and edm log-normal."""
     shift: float = 1.0
@@ -44,14 +45,30 @@ class Diffusion(ObjectiveConfig):
     """Share of samples that train without their condition, for classifier-free guidance."""
 
     def __post_init__(self) -> None:
-        allowed = {"flow": ("velocity", "v", "x0"), "edm": ("edm",)}.get(self.schedule, ("eps", "v", "x0"))
+        allowed = {
+            "flow": ("velocity", "v", "x0"),
+            "ddpm_linear": ("eps", "v", "x0"),
+            # No eps: α falls to 5e-5, so that the first step blows the network's error up by 700, and only clipping x̂0
+            # to the range of pixels (as IDDPM does) would save it. Latents have no range.
+            "ddpm_cosine": ("v", "x0"),
+            "edm": ("edm",),
+        }[self.schedule]
         if self.prediction not in allowed:
             raise ValueError(
                 f"objective.prediction={self.prediction!r} does not go with objective.schedule={self.schedule!r}; "
                 f"allowed: {', '.join(allowed)}"
             )
+        if self.shift <= 0 or self.sigma_data <= 0 or self.min_snr_gamma < 0 or not 0 <= self.cond_dropout <= 1:
+            raise ValueError(
+                f"objective: shift={self.shift} and sigma_data={self.sigma_data} must be above 0, "
+                f"min_snr_gamma={self.min_snr_gamma} at least 0, cond_dropout={self.cond_dropout} from 0 to 1"
+            )
+        if self.shift != 1 and self.schedule != "flow":
+            raise ValueError(f"objective.shift={self.shift} shifts the flow schedule, not {self.schedule}; set it to 1")
+        if self.sigma_data != 1 and self.prediction != "edm":
+            raise ValueError(f"objective.sigma_data={self.sigma_data} is of prediction 'edm' only; set it to 1")
 
-    @property
+    @cached_property
     def noise_schedule(self) -> Schedule:
         """The schedule that this objective walks."""
         match self.schedule:
@@ -87,10 +104,9 @@ class Diffusion(ObjectiveConfig):
         noise = draw.normal(*clean.shape[1:])
         alpha, sigma = (_broadcast(v, clean) for v in schedule.alpha_sigma(t))
         noisy = alpha * clean + sigma * noise
-        c_in, c_skip, c_out = self._preconditioning(alpha, sigma)
+        c_in, _, c_out = self._preconditioning(alpha, sigma)
         predicted = model(c_in * noisy, schedule.embedding(t), cond).float()
-        target = self._target(clean, noise, noisy, alpha, sigma, c_skip, c_out)
-        errors = (predicted - target).square().flatten(1).mean(1)
+        errors = (predicted - self._target(clean, noise, alpha, sigma)).square().flatten(1).mean(1)
         if self.min_snr_gamma:
             snr = (alpha / sigma).square()
             weight = snr.clamp(max=self.min_snr_gamma) * c_out.square()  # of x̂0's error, carried over to F's
@@ -124,9 +140,8 @@ class Diffusion(ObjectiveConfig):
                 total = (sigma.square() + self.sigma_data**2).sqrt()
                 return 1 / total, self.sigma_data**2 / total.square(), sigma * self.sigma_data / total
 
-    def _target(
-        self, clean: Tensor, noise: Tensor, noisy: Tensor, alpha: Tensor, sigma: Tensor, c_skip: Tensor, c_out: Tensor
-    ) -> Tensor:
+    def _target(self, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """(x0 − c_skip·x)/c_out, simplified: without the cancellation, which loses digits at small σ."""
         match self.prediction:
             case "velocity":
                 return noise - clean
@@ -137,7 +152,8 @@ class Diffusion(ObjectiveConfig):
             case "x0":
                 return clean
             case "edm":
-                return (clean - c_skip * noisy) / c_out
+                total = (sigma.square() + self.sigma_data**2).sqrt()
+                return (sigma / self.sigma_data * clean - self.sigma_data * noise) / total
 
 
 def _clean(batch: Batch) -> Tensor:

@@ -18,7 +18,7 @@ from rich.progress import Progress
 from mutoscope.autoencoders.conv import ConvAutoencoder
 from mutoscope.data.flying_mnist import make, preset_named
 from mutoscope.data.video import write_video
-from mutoscope.encode import encode
+from mutoscope.encode_job import encode
 from mutoscope.evaluate import evaluate_run
 from mutoscope.models.dit import DiT
 from mutoscope.objectives.diffusion import Diffusion

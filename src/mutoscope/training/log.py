@@ -6,7 +6,7 @@ import json
 import resource
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -23,11 +23,11 @@ class Log:
     """The log of one run, written by the main process; on the others every method does nothing."""
 
     def __init__(self, run: Run, name: str, steps: int, wandb: str | None, enabled: bool) -> None:
-        self.enabled, self.name, self.steps = enabled, name, steps
+        self.run, self.enabled, self.name, self.steps = run, enabled, name, steps
+        self.file: TextIO | None = None
         self.started, self.first_step, self.last = time.monotonic(), 0, (time.monotonic(), 0)
         if not enabled:
             return
-        self.file = open(run.metrics_file, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
         self.tensorboard = SummaryWriter(str(run.folder / "tensorboard"))
         self.wandb = _start_wandb(wandb, run) if wandb else None
         self.progress = Progress(
@@ -45,15 +45,18 @@ class Log:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self.enabled:
             self.progress.stop()
-            self.file.close()
+            if self.file is not None:
+                self.file.close()
             self.tensorboard.close()
             if self.wandb is not None:
                 self.wandb.finish(exit_code=0 if kind is None else 1)
 
     def start_at(self, step: int) -> None:
-        """Measure time from here: `step` steps were done before."""
+        """Go on after optimizer step `step`: what was logged past it is forgotten, and time is measured from here."""
         self.started, self.first_step, self.last = time.monotonic(), step, (time.monotonic(), step)
         if self.enabled:
+            self.run.forget_after(step)
+            self.file = open(self.run.metrics_file, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
             self.progress.update(self.bar, completed=step)
 
     def train(self, step: int, values: dict[str, float], samples_per_step: int) -> None:
@@ -75,6 +78,7 @@ class Log:
         """Write numbers of optimizer step `step` to all logs."""
         if not self.enabled:
             return
+        assert self.file is not None, "start_at comes first"
         self.file.write(json.dumps({"step": step, "seconds": time.monotonic() - self.started, **values}) + "\n")
         for key, value in values.items():
             self.tensorboard.add_scalar(key, value, step)
@@ -84,7 +88,7 @@ class Log:
     def say(self, text: str) -> None:
         """A line for people."""
         if self.enabled:
-            console.print(f"{self.name}  {text}", markup=False)
+            console.print(f"{self.name}  {text}", markup=False, soft_wrap=True)
 
 
 def peak_memory() -> int:

@@ -77,8 +77,6 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
     if newest is not None:
         state.load(newest)
         log.say(f"resuming from {newest}")
-        if engine.main:
-            run.forget_after(state.step)
     engine.check_in_sync(model)
     trainee = engine.wrap(_prepared(model, recipe))
     batches = Batches(size=len(sources["train"]), batch_size=recipe.batch_size, seed=recipe.seed,
@@ -221,11 +219,14 @@ def _validate(
     if not every or not (due or state.step % every == 0):
         return
     size = min(len(source), VALIDATION_CLIPS)
+    if size < engine.world:
+        raise ValueError(f"data: {size} val clips are too few for {engine.world} processes; recipe.validate_every = 0")
+    batch_size = min(recipe.batch_size, size // engine.world)  # leaves no process without a batch
     totals: dict[str, Tensor] = {}
     count = torch.zeros((), device=engine.device)
     state.model.eval()
     with torch.no_grad(), state.averaged():
-        for raw in source.loader(iterate_once(size, recipe.batch_size, engine.rank, engine.world), 0):
+        for raw in source.loader(iterate_once(size, batch_size, engine.rank, engine.world)):
             draw = Draw(recipe.seed, "validate", raw.samples, engine.device)
             batch = encoder.batch(raw, None)
             with torch.autocast(engine.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
@@ -233,8 +234,6 @@ def _validate(
             for key, value in ({"loss": loss.total} | loss.parts).items():
                 totals[key] = totals.get(key, 0) + value.float() * len(batch.ids)
             count += len(batch.ids)
-    if not totals:  # fewer val clips than processes: this one had none, and the sums need its zeros
-        raise ValueError(f"data: {size} val clips are too few for {engine.world} processes")
     means = torch.stack(list(totals.values()))
     means = engine.sum(means) / engine.sum(count)
     log.scalars(state.step, {f"val_{k}": v for k, v in zip(totals, means.tolist(), strict=True)})
@@ -250,7 +249,7 @@ def _preview(
         return
     if engine.main:
         num = min(recipe.num_samples, len(source))
-        raw = next(islice(source.loader(iterate_once(num, num), 0), 1))
+        raw = next(islice(source.loader(iterate_once(num, num)), 1))
         with state.averaged():
             videos = preview(
                 generator, generator.encoder.batch(raw, None), Draw(recipe.seed, "preview", range(num), engine.device)

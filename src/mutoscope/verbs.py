@@ -1,0 +1,256 @@
+"""The verbs: each is a dataclass whose fields are its options and whose `run` calls what does the work.
+
+They import what they need when they run, so that ``mutoscope --help`` and ``mutoscope recipes`` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from mutoscope.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mutoscope.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """List what can be trained."""
+
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        from mutoscope.recipes import list_recipes
+
+        found = list_recipes()
+        if self.json:
+            print(json.dumps([asdict(info) for info in found], indent=2, ensure_ascii=False))
+            return
+        twins = {info.tiny for info in found}
+        shown = [info for info in found if info.name not in twins]
+        width = max((len(info.name) for info in shown), default=0)
+        for info in shown:
+            tiny = " (+ _tiny)" if info.tiny else ""
+            print(f"{info.name:{width}}  {info.status:8}  {info.summary}{tiny}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnRecipe:
+    """What the verbs share that take a recipe, and the recipe's fields as options."""
+
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
+    """A built-in name (see `mutoscope recipes`), file.py:function, a recipe.toml, or a run directory."""
+    trust_code: bool = False
+    """Import the Python files that a recipe.toml or a run directory names. They can do whatever you can."""
+
+    def load(self, flags: Sequence[str]) -> Recipe:
+        """The recipe with the fields that `flags` set, validated."""
+        from mutoscope.overrides import override
+        from mutoscope.recipe import Recipe, load_recipe, validate
+
+        own, of_recipe = ([f"--{f.name}".replace("_", "-") for f in fields(cls)] for cls in (self, Recipe))
+        for flag in flags:
+            if (near := get_close_matches(flag, of_recipe + own, n=1)) and near[0] in own:
+                raise ConfigError(f"{flag}: no such option; did you mean {near[0]}?")
+        recipe = override(load_recipe(self.recipe, trust_code=self.trusts), flags)
+        validate(recipe)
+        return recipe
+
+    @property
+    def trusts(self) -> bool:
+        """Naming a Python file is asking for it to be run."""
+        return self.trust_code or ".py:" in self.recipe or self.recipe.endswith(".py")
+
+    @property
+    def name(self) -> str:
+        """minisora.dit, the function of file.py:function, or the name of the TOML file or run directory."""
+        path = Path(self.recipe)
+        return path.name if path.is_dir() else path.name.rpartition(".py:")[2].removesuffix(".toml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show(OnRecipe):
+    """Print a recipe as TOML, every field explained: `mutoscope show X > mine.toml` makes it yours."""
+
+    json_schema: bool = False
+    """Print a JSON Schema of the TOML instead. Saved as recipe.schema.json, it gives completion in editors whose
+    TOML files start with the line `#:schema ./recipe.schema.json`."""
+
+    def run(self, flags: Sequence[str]) -> None:
+        from mutoscope.limits import LIMITS
+        from mutoscope.recipe import find_function
+        from mutoscope.schema import json_schema
+        from mutoscope.toml import dump_toml
+
+        recipe = self.load(flags)
+        if self.json_schema:
+            print(json.dumps(json_schema(recipe, LIMITS), indent=2, ensure_ascii=False))
+            return
+        function = find_function(self.recipe, trust_code=self.trusts)
+        print(dump_toml(recipe, header=inspect.getdoc(function) or ""))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(OnRecipe):
+    """Train a recipe, from where an earlier run in the same directory stopped."""
+
+    out: Path | None = None
+    """The run directory; runs/NAME unless you say otherwise."""
+
+    def run(self, flags: Sequence[str]) -> None:
+        from mutoscope.training.loop import train
+
+        here = Path(self.recipe)
+        train(self.load(flags), self.out or (here if here.is_dir() else Path("runs") / self.name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encode(OnRecipe):
+    """Turn the recipe's clips into latents or tokens, and its captions into embeddings, once."""
+
+    out: Path | None = None
+    """The store; the recipe's data.latents, or runs/NAME.latents, unless you say otherwise."""
+    workers: int = 0
+    """Processes, each with an autoencoder of its own; 0 works in this one."""
+
+    def run(self, flags: Sequence[str]) -> None:
+        from mutoscope.encode_job import encode
+
+        recipe = self.load(flags)
+        out = self.out or Path(recipe.data.latents or f"runs/{self.name}.latents")
+        encode(recipe, out, workers=self.workers, trust_code=self.trusts)
+        print(f"to train on them: mutoscope train {self.recipe} --data.latents {out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnRun:
+    """What the verbs share that take a finished run."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """The run directory."""
+    seed: int = 0
+    """Seed of the videos."""
+    trust_code: bool = False
+    """Import the Python files in the run directory that its recipe names. They can do whatever you can."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(OnRun):
+    """Draw videos from a finished run, and print the paths of their files."""
+
+    label: int | None = None
+    """Class of the videos, where the run was trained with labels."""
+    prompt: str | None = None
+    """Caption of the videos, where the run was trained with captions."""
+    num: int = 1
+    """Videos to draw."""
+    out: Path | None = None
+    """The mp4 file; of several videos, the i-th goes to OUT-i.mp4. RUN/drawn/ unless you say otherwise."""
+    steps: int | None = None
+    """Steps of the sampler, in place of the recipe's."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance, in place of the recipe's."""
+
+    def run(self) -> None:
+        from mutoscope.sample import sample_run
+
+        with _progress("drawing", self.num) as tick:
+            paths = sample_run(
+                self.folder,
+                out=self.out,
+                num=self.num,
+                label=self.label,
+                prompt=self.prompt,
+                seed=self.seed,
+                steps=self.steps,
+                guidance_scale=self.guidance_scale,
+                trust_code=self.trust_code,
+                on_videos=tick,
+            )
+        print(*paths, sep="\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(OnRun):
+    """Measure a finished run on held-out clips, and print the figures."""
+
+    num: int = 200
+    """Clips to reconstruct, or videos to draw."""
+
+    def run(self) -> None:
+        from mutoscope.evaluate import evaluate_run
+
+        with _progress("evaluating", self.num) as tick:
+            figures = evaluate_run(self.folder, num=self.num, seed=self.seed, trust_code=self.trust_code, on_clips=tick)
+        for name, value in figures.items():
+            print(f"{name:32} {value:.4g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeFlyingMNIST:
+    """Write clips of flying digits with their captions and labels."""
+
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Where to. Clips that are there already are left alone."""
+    preset: str = "11k"
+    """How many, how large and how many digits each: 11k, 110k, small, demo or tiny."""
+    workers: int = os.cpu_count() or 1
+    """Processes that draw."""
+    train: int | None = None
+    """Clips to train on, in place of the preset's."""
+    val: int | None = None
+    """Clips held out, in place of the preset's."""
+
+    def run(self) -> None:
+        from mutoscope.data.flying_mnist import make, preset_named
+
+        written = make(self.directory, preset_named(self.preset), workers=self.workers, train=self.train, val=self.val)
+        print(f"{written} clips written to {self.directory}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """The whole chain on generated clips, on this machine, in minutes."""
+
+    out: Path = Path("runs/demo")
+    """Where everything goes; stages that are finished there are not done again."""
+
+    def run(self) -> None:
+        from mutoscope.recipes.quickstart import demo
+
+        demo(self.out)
+
+
+VERBS: dict[str, type[Any]] = {
+    "recipes": Recipes,
+    "show": Show,
+    "data make flying-mnist": MakeFlyingMNIST,
+    "encode": Encode,
+    "train": Train,
+    "sample": Sample,
+    "evaluate": Evaluate,
+    "demo": Demo,
+}
+
+
+@contextmanager
+def _progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, and the function that moves it on."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(name, total=total)
+        yield lambda done: progress.advance(bar, done)
