@@ -11,7 +11,9 @@ from statistics import median
 import torch
 
 
-def compare(ours: Callable[[], object], peer: Callable[[], object] | None, repeats: int = 5) -> list[tuple[float, float]]:
+def compare(
+    ours: Callable[[], object], peer: Callable[[], object] | None, repeats: int = 5
+) -> list[tuple[float, float]]:
     """(ours, peer's) CPU seconds of each repeat, A/B/A/B after one warm-up each; the peer's are nan without it.
 
     CPU time, not wall time, so that other load on the machine counts little; only meaningful with one thread, because
@@ -58,7 +60,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows under a header, the first column to the left."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, ["-" * w for w in widths], *rows]:
-        print("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))))
+        print(
+            "  ".join(
+                cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+        )
 
 
 def timing_row(name: str, pairs: Sequence[tuple[float, float]]) -> list[str]:
@@ -73,4 +79,6 @@ def last_line(name: str, peer: str, pairs: Sequence[tuple[float, float]]) -> Non
     if not ratios:
         print(f"{name}: no ratio was taken; give the checkout of {peer} with --peer PATH")
     else:
-        print(f"{name}: {median(ratios):.2f}x vs {peer} (median of {len(ratios)}, min {min(ratios):.2f}, max {max(ratios):.2f})")
+        print(
+            f"{name}: {median(ratios):.2f}x vs {peer} (median of {len(ratios)}, min {min(ratios):.2f}, max {max(ratios):.2f})"
+        )

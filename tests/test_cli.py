@@ -32,6 +32,7 @@ RECIPE = Recipe(
 
 MY_MODEL = '''
 from dataclasses import dataclass
+from torch import nn
 from mutoscope.recipe import Data, ModelConfig, Recipe
 from mutoscope.objectives.diffusion import Diffusion
 
@@ -39,6 +40,17 @@ from mutoscope.objectives.diffusion import Diffusion
 class TinyConv(ModelConfig):
     width: int = 32
     """Hidden channels."""
+
+    def build(self, io):
+        return TinyConvNet(io.channels, self.width)
+
+class TinyConvNet(nn.Module):
+    def __init__(self, channels, width):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv3d(channels, width, 1), nn.Conv3d(width, channels, 1))
+
+    def forward(self, x, t, cond):
+        return self.layers(x)
 
 def tiny() -> Recipe:
     """A 3D convolution."""
@@ -86,6 +98,17 @@ class TestShow:
         main(["show", "mine.toml", "--optim.lr", "0.5", "--compile"])
         Path("shown.toml").write_text(capsys.readouterr().out)
         assert load_recipe("shown.toml") == replace(RECIPE, optim=Optim(lr=0.5), compile=True)
+
+    def test_its_cost_stands_below_as_comments(self, capsys: pytest.CaptureFixture[str]) -> None:
+        main(["show", "my_model.py:tiny", "--model.width", "7"])
+        last = capsys.readouterr().out.rpartition("\n\n")[2]
+        assert all(line.startswith("# ") for line in last.splitlines())
+        assert str((3 + 1) * 7 + (7 + 1) * 3) in last  # parameters
+
+    def test_shapes_that_do_not_fit_are_told_before_anything_is_printed(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert "model.patch" in refused(capsys, "show", "mine.toml", "--model.patch", "3", "2", "2")
 
     def test_the_recipes_docstring_comes_first(self, capsys: pytest.CaptureFixture[str]) -> None:
         main(["show", "my_model.py:tiny"])

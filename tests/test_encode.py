@@ -20,7 +20,7 @@ from torch import Tensor
 from mutoscope import encode_job
 from mutoscope.autoencoders.conv import ConvAutoencoder
 from mutoscope.autoencoders.pretrained import load_autoencoder
-from mutoscope.data.shards import StoreError
+from mutoscope.data.shards import ShardWriter, StoreError
 from mutoscope.data.store import LatentStats, LatentStore
 from mutoscope.data.video import write_video
 from mutoscope.encode import Encoder, open_source
@@ -378,17 +378,15 @@ def test_a_worker_that_dies_is_not_waited_for(tmp_path: Path, monkeypatch: pytes
         encode(make_recipe(tmp_path), tmp_path / "store", workers=1, progress=False)
 
 
-def refuse(*arguments: object) -> None:
-    raise StoreError("the shard is locked")
-
-
-def test_what_a_worker_raises_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[object] = []
-
-    class Pipe:
-        send = sent.append
-
-    monkeypatch.setattr(encode_job, "encode_shards", refuse)
-    monkeypatch.setattr(encode_job, "_die_with_parent", lambda: None)
-    encode_job._work(None, [], "cpu", 1, Pipe)  # type: ignore[arg-type]
-    assert isinstance(sent[0], StoreError) and "in refuse" in sent[0].__notes__[0]
+def test_what_a_worker_raises_is_raised(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    encode(recipe, tmp_path / "store", progress=False)
+    (tmp_path / "store" / "video" / "00000.jsonl").unlink()
+    (tmp_path / "store" / "video" / "00000.bin").unlink()
+    with (
+        ShardWriter(tmp_path / "store" / "video", 0),
+        pytest.raises(StoreError, match="another process is writing this shard") as caught,
+    ):
+        encode(recipe, tmp_path / "store", workers=1, progress=False)
+    assert "in encode_shards" in caught.value.__notes__[0]  # where, for --debug
+    assert len(encode(recipe, tmp_path / "store", progress=False)) == 64  # as the cure of a damaged shard says

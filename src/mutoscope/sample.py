@@ -83,7 +83,7 @@ def reconstruct(generator: Generator, batch: Batch) -> UInt8[Tensor, "b t h w 3"
     model = generator.model
     with inference(generator.recipe, model):
         encoded = model.encode(batch.video)  # type: ignore[operator]
-        latents = encoded if model.spec.vocab else encoded[:, : model.spec.channels]  # type: ignore[union-attr, index]
+        latents = encoded if model.spec.vocab else encoded[:, : model.spec.channels]  # type: ignore[union-attr]
         return to_uint8(model.decode(latents)).cpu()  # type: ignore[operator]
 
 

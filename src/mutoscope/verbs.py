@@ -81,13 +81,16 @@ class OnRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Show(OnRecipe):
-    """Print a recipe as TOML, every field explained: `mutoscope show X > mine.toml` makes it yours."""
+    """Print a recipe as TOML, every field explained: `mutoscope show X > mine.toml` makes it yours.
+
+    Below it, as comments: parameters, shapes, and an estimate of a step's memory and FLOPs."""
 
     json_schema: bool = False
     """Print a JSON Schema of the TOML instead. Saved as recipe.schema.json, it gives completion in editors whose
     TOML files start with the line `#:schema ./recipe.schema.json`."""
 
     def run(self, flags: Sequence[str]) -> None:
+        from mutoscope.estimate import describe
         from mutoscope.limits import LIMITS
         from mutoscope.recipe import find_function
         from mutoscope.schema import json_schema
@@ -97,8 +100,10 @@ class Show(OnRecipe):
         if self.json_schema:
             print(json.dumps(json_schema(recipe, LIMITS), indent=2, ensure_ascii=False))
             return
+        summary = describe(recipe)  # first: a recipe whose shapes don't fit is told, and not printed
         function = find_function(self.recipe, trust_code=self.trusts)
-        print(dump_toml(recipe, header=inspect.getdoc(function) or ""))
+        print(dump_toml(recipe, header=inspect.getdoc(function) or "" if function else ""))
+        print("\n".join(f"# {line}".rstrip() for line in summary.splitlines()))
 
 
 @dataclass(frozen=True, kw_only=True)

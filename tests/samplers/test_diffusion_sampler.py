@@ -96,7 +96,7 @@ class Oracle(nn.Module):
 
 
 class StratifiedDraw(Draw):
-    """Begins with the quantiles of N(0, 1) in place of a sample of it: what a result is off by is the solver's error."""
+    """Begins with the quantiles of N(0, 1) in place of a sample of it: errors left are the solver's."""
 
     begun = False
 
@@ -141,7 +141,6 @@ def test_a_perfect_network_draws_the_mixture(objective: Diffusion) -> None:
 def test_every_solver_draws_the_mixture(objective: Diffusion, solver: dict[str, Any]) -> None:
     drawn = sample(Oracle(objective), objective, StratifiedDraw(0, "sample", range(8)), steps=50, **solver)
     allowed = 0.05 if "eta" in solver else {"euler": 0.03, "ddim": 0.03, "heun": 0.012}[solver["method"]]
-    print("W1", objective.schedule, solver, wasserstein(drawn))
     assert wasserstein(drawn) < allowed
 
 

@@ -197,4 +197,7 @@ def test_init_from_starts_from_a_runs_weights_and_checks_them(tmp_path: Path) ->
     for name, value in weights(first).items():
         torch.testing.assert_close(weights(second)[name], value, rtol=0, atol=1e-20)
     with pytest.raises(ValueError, match="these weights are not of this DiTModel"):
-        train(tiny(init_from=str(first.folder), model=DiT(depth=2, width=32, heads=2, patch=(2, 8, 8))), tmp_path / "third")
+        train(
+            tiny(init_from=str(first.folder), model=DiT(depth=2, width=32, heads=2, patch=(2, 8, 8))),
+            tmp_path / "third",
+        )

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mutoscope.data import flying_mnist as mnist
-from mutoscope.data.flying_mnist import Split
-from mutoscope.data.layouts import FLYING_MNIST, Clip, list_clips
+from mutoscope.data.flying_mnist import FLYING_MNIST, Split
+from mutoscope.data.layouts import Clip, list_clips
 from mutoscope.data.video import FrameIndex, VideoError, frame_index, frames_at, read_frames, resize
 from mutoscope.randomness import seed_of
 from mutoscope.recipe import Data

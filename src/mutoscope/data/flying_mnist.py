@@ -58,6 +58,10 @@ DIRECTIONS = ("right", "down-right", "down", "down-left", "left", "up-left", "up
 LEVELS = np.linspace(0, 1, 25)[4:]
 """Brightness of a channel where a preset has no palette: 21 levels from 1/6 to 1."""
 
+FLYING_MNIST = "flying-mnist://"
+"""How the root of clips that are drawn in memory begins; the preset's name follows."""
+MANIFEST = "flying_mnist.json"
+"""The file in a folder of clips that says how they were drawn."""
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 
@@ -187,6 +191,20 @@ def preset_named(name: str) -> Preset:
     return PRESETS[name]
 
 
+def preset_of(root: str | Path) -> Preset | None:
+    """The preset of the clips at a data root: in memory (``flying-mnist://NAME``), or in a folder that `make` filled.
+    None for any other data set."""
+    if str(root).startswith(FLYING_MNIST):
+        return preset_named(str(root).removeprefix(FLYING_MNIST))
+    manifest = Path(root) / MANIFEST
+    if not manifest.exists():
+        return None
+    fields = json.loads(manifest.read_text())
+    del fields["version"]
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+    return Preset(**values)
+
+
 def render(preset: Preset, split: Split, index: int) -> FlyingClip:
     """Clip `index` of a split: a pure function of its arguments, in every process and on every machine."""
     digits = plan(preset, split, index)
@@ -244,13 +262,14 @@ def make(
     Raises ValueError where the folder holds anything other than this preset's clips.
     """
     root = Path(directory)
-    preset = replace(
-        preset, train=preset.train if train is None else train, val=preset.val if val is None else val
-    )  # fmt: skip
+    train, val = preset.train if train is None else train, preset.val if val is None else val
+    preset = replace(preset, train=train, val=val)
     _claim(root, preset)
     jobs = [(root, preset, split, i) for split in SPLITS for i in _missing(root / split, preset.count(split))]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn(
-        "left:"), TimeRemainingColumn())  # fmt: skip
+    columns = [
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(),
+    ]  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task(f"Flying MNIST {preset.name}", total=len(jobs))
         for _ in _write_clips(jobs, min(workers, len(jobs))):
@@ -317,7 +336,7 @@ _Job = tuple[Path, Preset, Split, int]
 
 def _claim(root: Path, preset: Preset) -> None:
     """Make the folders and write the manifest, or make sure that the one there says the same."""
-    manifest = root / "flying_mnist.json"
+    manifest = root / MANIFEST
     new = json.loads(json.dumps({"version": VERSION, **asdict(preset)}))
     if manifest.exists():
         try:
@@ -354,7 +373,8 @@ def _write_clips(jobs: list[_Job], workers: int) -> Iterator[None]:
     ignore = (signal.SIGINT, signal.SIG_IGN)
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=signal.signal, initargs=ignore) as pool:
         try:
-            yield from pool.map(_write_clip, jobs, chunksize=4)
+            for at in range(0, len(jobs), 1024):  # A future for each of 110,000 clips at once would take memory.
+                yield from pool.map(_write_clip, jobs[at : at + 1024])
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -12,11 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from mutoscope.data import flying_mnist as mnist
-from mutoscope.data.flying_mnist import Split
+from mutoscope.data.flying_mnist import FLYING_MNIST, Split
 from mutoscope.randomness import seed_of
-
-FLYING_MNIST = "flying-mnist://"
-"""What the root of clips drawn in memory starts with."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,29 +78,31 @@ class Shards:
         record = self.records.get(key)
         if record is None:
             raise StoreError(f"{self.folder}: no record {key!r} (there are {len(self)})")
-        dtype = getattr(torch, record.dtype)
         if record.nbytes == 0:  # nothing to read, and empty files cannot be mapped
-            return torch.empty(record.shape, dtype=dtype)
-        mapped = self._bytes(key, record)
-        if xxhash.xxh3_64_hexdigest(mapped.data) != record.digest:
+            return torch.empty(record.shape, dtype=getattr(torch, record.dtype))
+        mapped = self._maps.get(record.shard)
+        if mapped is None or record.offset + record.nbytes > len(mapped):
+            mapped = self._map(key, record)
+        brain = record.dtype == "bfloat16"  # which NumPy lacks
+        array = np.ndarray(record.shape, "uint16" if brain else record.dtype, mapped, record.offset)
+        if xxhash.xxh3_64_hexdigest(array.data) != record.digest:
             raise StoreError(
                 f"{shard_path(self.folder, record.shard)}: record {key!r} ({record.nbytes} bytes at {record.offset}) "
                 f"is damaged: {_cure(self.folder, record.shard)}"
             )
-        return torch.from_numpy(mapped.copy()).view(dtype).view(record.shape)
+        tensor = torch.from_numpy(array.copy())
+        return tensor.view(torch.bfloat16) if brain else tensor
 
-    def _bytes(self, key: str, record: Record) -> np.ndarray:
-        """The record's bytes, mapped. The file's size is looked at first: reading past its end kills the process."""
-        mapped, end = self._maps.get(record.shard), record.offset + record.nbytes
-        if mapped is None or end > len(mapped):
-            path = shard_path(self.folder, record.shard)
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < end:
-                    raise StoreError(f"{path}: cut short: {size} bytes, record {key!r} ends at {end}: "
-                                     f"{_cure(self.folder, record.shard)}")  # fmt: skip
-                mapped = self._maps[record.shard] = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        return np.frombuffer(mapped, np.uint8, record.nbytes, record.offset)
+    def _map(self, key: str, record: Record) -> mmap.mmap:
+        """Map the record's shard. The file's size is looked at first: reading past its end kills the process."""
+        path, end = shard_path(self.folder, record.shard), record.offset + record.nbytes
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < end:
+                raise StoreError(f"{path}: cut short: {size} bytes, record {key!r} ends at {end}: "
+                                 f"{_cure(self.folder, record.shard)}")  # fmt: skip
+            self._maps[record.shard] = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        return self._maps[record.shard]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}

@@ -40,7 +40,7 @@ class GlyphResult:
     per_clip: Int64[Tensor, "b"]
     """Digit of each clip, or NO_DIGIT: the one whose scores summed over the frames are highest."""
     similarity: Float[Tensor, "b"]
-    """That sum over the number of frames, blank ones included: 0.96 for real clips, 0.3 for noise, 0 for blank."""
+    """That sum over the number of frames, blank ones included: 0.96 for real clips, 0.4 for noise, 0 for blank."""
     foreground: Bool[Tensor, "b t"]
     """Frames that are not blank."""
     displacement: Float[Tensor, "b"]

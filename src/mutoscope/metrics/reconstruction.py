@@ -28,7 +28,7 @@ def psnr(reconstruction: Float[Tensor, "b c t h w"], original: Float[Tensor, "b 
 
 def ssim(reconstruction: Float[Tensor, "b c t h w"], original: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b"]:
     """Structural similarity of each clip, a mean over its frames (Wang et al. 2004: Gaussian window of 11 pixels,
-    σ = 1.5), of pixels in [-1, 1].
+    σ = 1.5, at every pixel, with borders mirrored), of pixels in [-1, 1].
 
     Measured on [0, 1]: its term for luminance is one of ratios, which have no meaning about a zero at mid-grey.
     Raises ValueError for frames that the window does not fit in.

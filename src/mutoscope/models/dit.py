@@ -56,7 +56,8 @@ class DiTModel(nn.Module):
             if size % patch:
                 raise ValueError(f"model.patch {config.patch} does not divide the latent grid {io.grid} along {axis}")
         self.patch, self.channels = config.patch, io.channels
-        self.grid = tuple(size // patch for size, patch in zip(io.grid, config.patch, strict=True))
+        t, h, w = (size // patch for size, patch in zip(io.grid, config.patch, strict=True))
+        self.grid = (t, h, w)
         width, patch_dim = config.width, io.channels * config.patch[0] * config.patch[1] * config.patch[2]
 
         self.embed = nn.Linear(patch_dim, width)
