@@ -60,11 +60,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows under a header, the first column to the left."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, ["-" * w for w in widths], *rows]:
-        print(
-            "  ".join(
-                cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-        )
+        cells = [cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        print("  ".join(cells))
 
 
 def timing_row(name: str, pairs: Sequence[tuple[float, float]]) -> list[str]:
@@ -79,6 +76,5 @@ def last_line(name: str, peer: str, pairs: Sequence[tuple[float, float]]) -> Non
     if not ratios:
         print(f"{name}: no ratio was taken; give the checkout of {peer} with --peer PATH")
     else:
-        print(
-            f"{name}: {median(ratios):.2f}x vs {peer} (median of {len(ratios)}, min {min(ratios):.2f}, max {max(ratios):.2f})"
-        )
+        spread = f"median of {len(ratios)}, min {min(ratios):.2f}, max {max(ratios):.2f}"
+        print(f"{name}: {median(ratios):.2f}x vs {peer} ({spread})")

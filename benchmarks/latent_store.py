@@ -4,7 +4,7 @@
 
 One file per clip, read by ``torch.load(path, weights_only=True)``, is how finetrainers, among others, keeps precomputed
 latents. That side is a line of PyTorch and stands here, so that no checkout is needed and --peer is accepted for the
-sake of one form for all benchmarks. Both sides hold the same latents (16x4x32x32 in half precision, 131 KB) in the page
+sake of one form for all benchmarks. Both sides hold the same latents (4x16x32x32 in half precision, 131 KB) in the page
 cache, with id, caption and label, and must give the same before anything is timed. Time is CPU time of one thread.
 
 It also measures writing, and opening a store of 100,000 clips.

@@ -20,6 +20,7 @@ from torch import Tensor
 from mutoscope import encode_job
 from mutoscope.autoencoders.conv import ConvAutoencoder
 from mutoscope.autoencoders.pretrained import load_autoencoder
+from mutoscope.data.dataset import VideoDataset
 from mutoscope.data.shards import ShardWriter, StoreError
 from mutoscope.data.store import LatentStats, LatentStore
 from mutoscope.data.video import write_video
@@ -83,11 +84,11 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def make_videos(folder: Path, names: list[str]) -> str:
+def make_videos(folder: Path, names: list[str], frames: int = 4) -> str:
     for seed, name in enumerate(names):
-        frames = np.random.default_rng(seed).integers(0, 256, (4, 16, 16, 3), np.uint8)
+        noise = np.random.default_rng(seed).integers(0, 256, (frames, 16, 16, 3), np.uint8)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_video(folder / f"{name}.mp4", frames, fps=4)
+        write_video(folder / f"{name}.mp4", noise, fps=4)
         (folder / f"{name}.txt").write_text(f"video {name}")
     return str(folder)
 
@@ -337,24 +338,24 @@ def test_clips_that_come_later_are_appended(tmp_path: Path, encoded: list[int]) 
     (tmp_path / "clips" / "d.txt").write_text("another caption")
     store = encode(recipe, tmp_path / "store", progress=False)
     after = files_of(tmp_path / "store")
-    assert [item.id for item in store.items] == ["a", "b", "d", "e", "f"] and len(encoded) == 3 + 2
+    assert sorted(item.id for item in store.items) == ["a", "b", "d", "e", "f"] and len(encoded) == 3 + 2
     for name in ("video/00000.bin", "video/00000.jsonl", "text/00000.bin", "text/00000.jsonl"):
         assert after[name].startswith(before[name]) and len(after[name]) > len(before[name])
-    assert torch.equal(store.read(2).moments, first.read(1).moments) and store.read(2).caption == "another caption"
+    old, new = ({clip.id: clip for clip in map(s.read, range(len(s)))} for s in (first, store))
+    assert all(torch.equal(new[name].moments, clip.moments) for name, clip in old.items())
+    assert new["d"].caption == "another caption"
     assert store.text("another caption").shape == (2, 8)
     assert store.manifest.stats == first.manifest.stats  # frozen: models were trained on it
 
 
-def test_windows_are_clips_of_their_own(tmp_path: Path) -> None:
-    recipe = make_recipe(tmp_path, replace(KL, strides=(2, 4, 4)))
-    recipe = replace(recipe, data=replace(recipe.data, window="all", frames=2))
+def test_windows_are_clips_in_the_order_of_training_from_files(tmp_path: Path) -> None:
+    root = make_videos(tmp_path / "clips", ["a", "a!", "b", "c"], frames=12)
+    recipe = make_recipe(tmp_path, replace(KL, strides=(1, 4, 4)), root)
+    recipe = replace(recipe, data=replace(recipe.data, window="all", frames=1))
     store = encode(recipe, tmp_path / "store", progress=False)
-    assert len(store) == 128 and [item.id for item in store.items[:3]] == [
-        "train/00000#0",
-        "train/00000#1",
-        "train/00001#0",
-    ]
-    assert not torch.equal(store.read(0).moments, store.read(1).moments)
+    assert len(store) == 4 * 12 and not torch.equal(store.read(0).moments, store.read(1).moments)
+    for split in ("train", "val"):  # "a#2" before "a#10", and "a#0" before "a!#0"
+        assert store.ids(split) == [item.id for item in VideoDataset(recipe.data, split, 0).items]
 
 
 def test_latents_that_overflow_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

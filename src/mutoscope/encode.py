@@ -55,7 +55,7 @@ class Encoder:
         rounded to, stored or not. device: where the work is done, and where results are."""
         self.device = torch.device(device)
         self.dtype = DTYPES[dtype]
-        self.autoencoder = autoencoder and autoencoder.to(self.device).eval().requires_grad_(False)
+        self.autoencoder = None if autoencoder is None else autoencoder.to(self.device).eval().requires_grad_(False)
         self.spec: LatentSpec = PIXELS if autoencoder is None else autoencoder.spec  # type: ignore[assignment]
         self.stats = stats
         self.embed = text
@@ -120,11 +120,10 @@ class Encoder:
         return replace(batch, latents=latents, video=latents if self.autoencoder is None else None)
 
     def fit_stats(self, clips: Iterable[UInt8[Tensor, "t h w c"]]) -> None:
-        """Take the statistics from clips: those that `mutoscope encode` takes, if these are its train clips from the
-        first on by id (see `LatentStats.fit` and STATS_CLIPS). Does nothing for tokens and pixels."""
-        if self.autoencoder is not None and not self.spec.vocab:
-            moments = (self.moments(to_pixels(clip[None].to(self.device)))[0].cpu() for clip in clips)
-            self.stats = LatentStats.fit(moments, self.spec.channels)
+        """Take the latents' statistics from clips: those that `mutoscope encode` takes, if these are its first
+        STATS_CLIPS train clips."""
+        moments = (self.moments(to_pixels(clip[None].to(self.device)))[0].cpu() for clip in clips)
+        self.stats = LatentStats.fit(moments, self.spec.channels)
 
     def _stats(self) -> tuple[Tensor, Tensor]:
         if self.stats is None:
@@ -176,10 +175,11 @@ def open_source(recipe: Recipe, encoder: Encoder, split: Split) -> Source:
         store.check(describe(recipe, encoder))
         encoder.stats = encoder.stats or store.manifest.stats
         return Source(StoredSplit(store, split), encoder)
-    if encoder.stats is None and encoder.autoencoder is not None:
-        train = VideoDataset(recipe.data, "train", recipe.seed)
+    dataset = VideoDataset(recipe.data, split, recipe.seed)
+    if encoder.stats is None and encoder.autoencoder is not None and not encoder.spec.vocab:
+        train = dataset if split == "train" else VideoDataset(recipe.data, "train", recipe.seed)
         encoder.fit_stats(train[i, i].video for i in range(min(len(train), STATS_CLIPS)))
-    return Source(VideoDataset(recipe.data, split, recipe.seed), encoder)
+    return Source(dataset, encoder)
 
 
 def describe(recipe: Recipe, encoder: Encoder) -> Manifest:

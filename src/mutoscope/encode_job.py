@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import multiprocessing
 import os
+import signal
 import threading
 import traceback
 from collections import Counter
@@ -121,7 +122,6 @@ def _claim(out: Path, asked: Manifest) -> Manifest:
 def _plan(out: Path, data: Data, manifest: Manifest, bar: _Bar) -> list[StoredItem]:
     """The store's list of clips brought up to date: clips that it knows keep their places, new ones come behind."""
     listed = [(split, item) for split in _splits(data) for item in VideoDataset(data, split, 0).items]
-    listed.sort(key=lambda pair: pair[1].id)
     made_by = f"{manifest.autoencoder_hash} {manifest.dtype} {sorted(manifest.transform.items())}"
     tell = bar.start("reading clips", len(listed))
 
@@ -160,7 +160,7 @@ def _splits(data: Data) -> list[Split]:
 
 
 def _encode_captions(out: Path, manifest: Manifest, items: list[StoredItem], encoder: Encoder, bar: _Bar) -> None:
-    """Append the embeddings of the captions that the store lacks, in the order of the clips' ids."""
+    """Append the embeddings of the captions that the store lacks, in the order of the clips."""
     if manifest.text is None or encoder.embed is None:
         return
     present = Shards(out / "text")
@@ -284,6 +284,7 @@ def _work(
     job: Job, shards: list[tuple[int, list[StoredItem]]], device: str, threads: int, pipe: connection.Connection
 ) -> None:
     """The life of a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the job is the one to act on it
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
@@ -313,7 +314,7 @@ class _Bar:
 
     def start(self, what: str, total: int) -> Tell:
         """A new line; call what comes back once for each of `total`."""
-        task = self.progress.add_task(what, total=total, rate="")
+        task = self.progress.add_task(what, total=total, rate="", visible=total > 0)
 
         def tell(reason: str | None) -> None:
             self.progress.advance(task)

@@ -50,7 +50,7 @@ class Estimate:
     clip: tuple[int, int, int]
     """(T, H, W) of a clip in pixels."""
     latents: tuple[int, int, int, int] | None
-    """(c, t, h, w) of a clip's latents, or of the vectors that its codes stand for; None where there are only pixels."""
+    """(c, t, h, w) of a clip's latents, or of the vectors that its codes stand for; None without an autoencoder."""
     vocab: int | None
     """Number of codes; None where latents are continuous."""
     tokens: int | None
@@ -104,9 +104,7 @@ def estimate(recipe: Recipe) -> Estimate:
         _train_step(recipe, model, encoder, _fake_clips(recipe, encoder), tracker)
 
     clip = (data.frames, data.height, data.width)
-    spec: LatentSpec | None = getattr(
-        model, "spec", encoder.spec if frozen else None
-    )  # an autoencoder's own, or before it
+    spec: LatentSpec | None = getattr(frozen or model, "spec", None)  # of autoencoders
     grid: tuple[int, int, int] | None = getattr(model, "grid", None)  # of models over patches
     parameters: Counter[str] = Counter()
     for name, p in model.named_parameters():
@@ -119,7 +117,9 @@ def estimate(recipe: Recipe) -> Estimate:
         vocab=spec.vocab if spec else None,
         tokens=math.prod(grid) if grid else None,
         peak_parts={part: size for part, size in tracker.peak.items() if size},
-        checkpoint_bytes=sum(tracker.peak[part] for part in ("weights", "optimizer", "ema")),
+        checkpoint_bytes=sum(t.nbytes for t in model.state_dict().values())
+        + tracker.peak["optimizer"]
+        + tracker.peak["ema"],
         flops_forward=tracker.flops["forward"] * recipe.accumulate,
         flops_recomputed=tracker.flops["recomputed"] * recipe.accumulate,
         flops_encode=tracker.flops["encode"] * recipe.accumulate,
@@ -308,10 +308,10 @@ def _shape(sizes: Sequence[int]) -> str:
 def _count(number: float) -> str:
     """2340000 -> 2.34 M"""
     for unit in ("", " k", " M", " G", " T", " P"):
-        if number < 1000:
-            break
+        if number < 999.5:
+            return f"{number:.3g}{unit}"
         number /= 1000
-    return f"{number:.3g}{unit}"
+    return f"{number:.3g} E"
 
 
 def _bytes(number: float) -> str:

@@ -87,7 +87,7 @@ def test_presets_have_the_seeds_parameters_shapes_and_latents(name):
 
 
 def test_unknown_preset_names_those_there_are():
-    with pytest.raises(ValueError, match="s9_b.*s8_b"):
+    with pytest.raises(ValueError, match=r"s9_b.*s8_b"):
         preset("s9_b")
 
 

@@ -72,12 +72,12 @@ def make_store(root: Path, count: int = 10, manifest: Manifest = MANIFEST) -> La
     with ShardWriter(root / "text", 0) as writer:
         for length, caption in enumerate(dict.fromkeys(item.caption for item in items)):
             writer.append(text_key(caption), torch.full((length, 3), float(length)).bfloat16())
-    write_items(root, list(reversed(items)))
+    write_items(root, items)
     write_manifest(root, manifest)
     return LatentStore(root)
 
 
-def test_clips_are_read_back_by_id_order(tmp_path: Path) -> None:
+def test_clips_are_read_back_in_order(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store")
     assert len(store) == 10
     assert store.ids("val") == ["../../clip 000", "../../clip 005"]

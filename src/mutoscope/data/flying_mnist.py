@@ -143,7 +143,7 @@ PRESETS: dict[str, Preset] = {
         replace(_FAITHFUL, name="110k", train=100_000, val=10_000),
         Preset(name="small", size=64, frames=16, fps=10, digits=(1, 2), glyph=(20, 28),
                speeds=(1.0, 1.5, 2.0, 2.5, 3.0), train=10_000, val=500),
-        Preset(name="demo", size=32, frames=8, fps=8, glyph=(18, 18), speeds=(1.0, 1.5, 2.0), variants=8,
+        Preset(name="demo", size=32, frames=8, fps=8, glyph=(22, 22), speeds=(1.0, 1.5, 2.0), variants=4,
                train=8_000, val=400),
         Preset(name="tiny", size=16, frames=4, fps=4, glyph=(9, 11), speeds=(1.0, 1.5), variants=2,
                train=48, val=16),

@@ -90,7 +90,7 @@ def import_npy(
 
 def export_npy(store: LatentStore, path: str | Path, split: str = "train") -> None:
     """Write a split as ``.npy``: tokens int64 (N, T, H, W), or latents float32 (N, C, T, H, W), not normalised (where
-    the store holds posteriors, their means). In the order of ids. Raises ValueError where the split is empty or its
+    the store holds posteriors, their means). In the store's order. Raises ValueError where the split is empty or its
     clips differ in shape; whatever was at `path` is then untouched."""
     clips = _split(store, split)
     first = next(clips, None)

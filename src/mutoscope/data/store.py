@@ -1,13 +1,14 @@
 """LatentStore: what an autoencoder and a text encoder made of a data set's clips, kept on disk to train from.
 
     STORE/manifest.json   which autoencoder, transform and text encoder; dtype; mean and standard deviation per channel
-    STORE/items.jsonl     one line for each clip: id, key, place, split, caption, label; sorted by id
+    STORE/items.jsonl     one line for each clip: id, key, place, split, caption, label
     STORE/video/          shards of moments or tokens, by the clip's key
     STORE/text/           shards of embeddings, by caption, each caption once
 
 A clip's key is a hash of its content, the transform and the autoencoder's weights, and its place is fixed when the clip
 is first seen: place // `shard_items` is its shard. So work is divided without a queue, a resumed job makes the same
-bytes, and clips that are added later are appended. No path is ever read from a store: its files have fixed names.
+bytes, and clips that are added later are appended. The order of items is that of VideoDataset, so that training from a
+store sees the clips that training from files sees. No path is ever read from a store: its files have fixed names.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from mutoscope.types import Cond, LatentSpec
 
 FORMAT = 1
 STATS_CLIPS = 256
-"""Clips that the statistics are taken over: the first of the train split, by id."""
+"""Clips that the statistics are taken over: the first of the train split."""
 
 Kind = Literal["latents", "tokens"]
 
@@ -153,7 +154,7 @@ class LatentStore:
         return len(self.items)
 
     def ids(self, split: str) -> list[str]:
-        """The ids of a split's clips, sorted."""
+        """The ids of a split's clips, in order."""
         return [item.id for item in self.items if item.split == split]
 
     def read(self, index: int) -> StoredClip:
@@ -201,7 +202,7 @@ class StoredClips:
 
 
 class StoredSplit(Dataset[tuple[int, StoredClip]]):
-    """The clips of one split, in the order of their ids; the store's counterpart of VideoDataset."""
+    """The clips of one split: the store's counterpart of VideoDataset."""
 
     def __init__(self, store: LatentStore, split: str) -> None:
         """Raises ValueError where the split is empty."""
@@ -293,7 +294,7 @@ def _manifest_digest(fields: dict[str, Any]) -> str:
 
 
 def read_items(root: Path) -> list[StoredItem]:
-    """The store's clips by id; none before the first plan. Raises StoreError where a line is damaged."""
+    """The store's clips in order; none before the first plan. Raises StoreError where a line is damaged."""
     path = root / "items.jsonl"
     if not path.is_file():
         return []
@@ -304,6 +305,6 @@ def read_items(root: Path) -> list[StoredItem]:
 
 
 def write_items(root: Path, items: Sequence[StoredItem]) -> None:
-    """Replaces the store's list of clips, all or nothing; sorted by id."""
+    """Replaces the store's list of clips, all or nothing."""
     with replacing(root / "items.jsonl") as aside:
-        aside.write_bytes(b"".join(seal(asdict(item)) for item in sorted(items, key=lambda item: item.id)))
+        aside.write_bytes(b"".join(seal(asdict(item)) for item in items))

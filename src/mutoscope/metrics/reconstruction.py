@@ -59,10 +59,11 @@ class CodebookUsage:
 
 
 @torch.no_grad()
-def reconstruct_metrics(model: nn.Module, clips: Iterable[Float[Tensor, "b c t h w"]]) -> dict[str, float]:
+def reconstruct_metrics(model: nn.Module, clips: Iterable[Tensor]) -> dict[str, float]:
     """PSNR and SSIM, means over all clips, and the codebook's usage and perplexity where there are codes.
 
-    model: an `Autoencoder` (see types.py). clips: batches of pixels in [-1, 1], on the model's device. What is measured
+    model: an `Autoencoder` (see types.py). clips: batches (b, c, t, h, w) of pixels in [-1, 1],
+    on the model's device. What is measured
     is what is stored and sampled: tokens or the posterior's mean, decoded; nothing is random. Raises ValueError
     without clips.
     """

@@ -1,0 +1,88 @@
+"""The estimate of a training step's memory against what training takes.
+
+    python -m benchmarks.estimate_memory
+
+Each recipe is trained for real, by `mutoscope.training.loop.train`, for three steps in a fresh process, which has
+trained a small recipe before so that libraries are loaded. On a CPU the measure is the growth of resident memory at its
+peak: it is what a machine runs out of, and holds all that the estimate leaves out, such as kernels' scratch space. glibc
+is told to give freed memory back at once, because what it would keep hangs on what ran before. On a GPU the measure is
+`torch.cuda.max_memory_allocated`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import peak_memory, table
+from mutoscope.autoencoders.presets import preset
+from mutoscope.estimate import Estimate, estimate
+from mutoscope.models.dit import DiT
+from mutoscope.objectives.diffusion import Diffusion
+from mutoscope.objectives.reconstruction import Reconstruction
+from mutoscope.recipe import Data, Optim, Recipe
+from mutoscope.text.encoders import HashedWords
+from mutoscope.training.log import console
+from mutoscope.training.loop import train
+
+CLIPS = Data(root="flying-mnist://small", frames=16, height=64, width=64, num_labels=10)
+TINY = DiT(depth=2, width=32, heads=2, patch=(4, 16, 16))
+BASE = Recipe(data=CLIPS, model=TINY, objective=Diffusion(), steps=3, batch_size=1, validate_every=0, sample_every=0)
+
+RECIPES = {
+    "VQ-VAE, fp32": replace(BASE, model=preset("s4t4_b_vq"), objective=Reconstruction(), batch_size=12),
+    "factorised DiT, fp32, EMA": replace(
+        BASE, model=DiT(depth=6, width=512, heads=8, patch=(2, 4, 4)), batch_size=2, ema=0.999
+    ),
+    "joint DiT, bf16, Muon, captions, checkpointing, 2 micro-steps": replace(
+        BASE,
+        text=HashedWords(),
+        model=DiT(depth=8, width=512, heads=8, patch=(2, 4, 4), attention="joint"),
+        optim=Optim(name="muon"),
+        batch_size=2,
+        accumulate=2,
+        precision="bf16",
+        activation_checkpointing=True,
+    ),
+}
+
+
+def main() -> None:
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # for the processes to come
+    rows, errors = [], []
+    for name, recipe in RECIPES.items():
+        estimated, measured = estimate(recipe).peak_bytes / 2**20, measure(recipe)
+        errors.append(estimated / measured - 1)
+        rows.append([name, f"{estimated:.0f}", f"{measured:.0f}", f"{errors[-1]:+.1%}"])
+    table(["training step", "estimate MiB", "measured MiB", "error"], rows)
+    where = "GPU" if torch.cuda.is_available() else "CPU"
+    worst = max(map(abs, errors))
+    print(f"estimate_memory: within {worst:.1%} of the measured peak ({len(errors)} recipes, {where})")
+
+
+def measure(recipe: Recipe) -> float:
+    """MiB that training this recipe takes at its peak."""
+    return peak_memory(training, recipe)
+
+
+def training(recipe: Recipe) -> Callable[[], object]:
+    """Training, after a small recipe."""
+    console.quiet = True
+    run(replace(BASE, precision=recipe.precision, steps=1))
+    return partial(run, recipe)
+
+
+def run(recipe: Recipe) -> None:
+    """Train and throw the run away."""
+    with tempfile.TemporaryDirectory() as folder:
+        train(recipe, Path(folder) / "run")
+
+
+if __name__ == "__main__":
+    main()
