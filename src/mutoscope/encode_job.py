@@ -79,7 +79,7 @@ def encode(recipe: Recipe, out: Path, workers: int = 0, progress: bool = True, t
         items = _plan(out, recipe.data, manifest, bar)
         _encode_captions(out, manifest, items, Encoder(text=text, dtype=recipe.autoencoder.dtype), bar)
         del text
-        job = Job(out, recipe.data, recipe.autoencoder, manifest.dtype, trust_code)
+        job = Job(out, recipe.data, recipe.autoencoder, trust_code)
         broken = _encode_clips(job, manifest, items, workers, bar)
         if broken:
             listed = "\n  ".join(broken[:20]) + ("\n  ..." if len(broken) > 20 else "")
@@ -108,10 +108,13 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _claim(out: Path, asked: Manifest) -> Manifest:
-    """The manifest of the store that is there, if it fits, or the new one's."""
+    """The manifest of the store that is there, if it fits, or the new one's. Text may be added to a store without."""
     if (out / "manifest.json").exists():
         manifest = read_manifest(out)
         check_manifest(out, manifest, asked)
+        if manifest.text is None and asked.text is not None:
+            manifest = replace(manifest, text=asked.text)
+            write_manifest(out, manifest)
         return manifest
     if strange := sorted(p.name for p in out.iterdir() if not p.name.startswith(".")):
         raise StoreError(f"{out}: holds other things ({', '.join(strange[:3])}) and no store; choose an empty folder")
@@ -161,26 +164,26 @@ def _splits(data: Data) -> list[Split]:
 
 def _encode_captions(out: Path, manifest: Manifest, items: list[StoredItem], encoder: Encoder, bar: _Bar) -> None:
     """Append the embeddings of the captions that the store lacks, in the order of the clips."""
-    if manifest.text is None or encoder.embed is None:
-        return
     present = Shards(out / "text")
     captions = [c for c in dict.fromkeys(item.caption for item in items) if text_key(c) not in present]
+    if manifest.text is None or not captions:
+        return
+    if encoder.embed is None:
+        raise StoreError(f"{out}: holds text by {manifest.text.identity}; the recipe has no text encoder to add "
+                         f"{len(captions)} captions with")  # fmt: skip
     filled = Counter(record.shard for record in present.records.values())
     tell = bar.start("encoding captions", len(captions))
-    todo = iter(captions)
-    left = len(captions)
     for shard in count():
-        room = min(manifest.shard_items - filled[shard], left)
-        if room > 0:
+        room = max(0, manifest.shard_items - filled[shard])
+        batch, captions = captions[:room], captions[room:]
+        if batch:
             with ShardWriter(out / "text", shard) as writer:
-                for _ in range(room):
-                    caption = next(todo)
+                for caption in batch:
                     cond = encoder.text([caption])
                     assert cond.text is not None and cond.text_mask is not None
                     writer.append(text_key(caption), cond.text[0, cond.text_mask[0]].to(encoder.dtype))
                     tell(None)
-            left -= room
-        if not left:
+        if not captions:
             return
 
 
@@ -194,7 +197,6 @@ class Job:
     out: Path
     data: Data
     autoencoder: Autoencoder
-    dtype: str
     trust_code: bool
 
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mutoscope.data.buckets import iterate_once
+from mutoscope.data.dataset import VideoDataset, make_loader, to_pixels
 from mutoscope.data.flying_mnist import preset_of
-from mutoscope.encode import Source, open_source
 from mutoscope.files import replacing
 from mutoscope.metrics.frechet import FrechetDistance, random_conv_features
 from mutoscope.metrics.glyph import GlyphMetric
@@ -24,10 +25,11 @@ from mutoscope.metrics.reconstruction import reconstruct_metrics
 from mutoscope.pictures import write_grid
 from mutoscope.run import Run
 from mutoscope.sample import Generator, load_generator, reconstruct, sample_videos
-from mutoscope.types import NO_LABEL, Cond
 
 GRID = 10
 """Videos in a row of the grid that evaluation leaves."""
+MOST_REAL = 1000
+"""Val clips that drawn videos are compared with, at most."""
 
 
 def evaluate_run(
@@ -45,61 +47,64 @@ def evaluate_run(
         seed: of the drawn videos.
         on_clips: called with the number of clips done since the last call, for progress.
 
-    Raises as `load_generator` and `open_source` do.
+    Raises as `load_generator` and `VideoDataset` do.
     """
     if num < 2:
         raise ValueError(f"--num {num}: at least 2 videos are needed")
     generator = load_generator(folder, trust_code)
-    source = open_source(generator.recipe, generator.encoder, "val")
-    judge = _judge_reconstruction if generator.recipe.sampler is None else _judge_samples
-    figures, rows = judge(generator, source, num, seed, on_clips)
+    recipe = generator.recipe
+    clips = VideoDataset(replace(recipe.data, latents=None, window="first", cache=False), "val", recipe.seed)
+    judge = _judge_reconstruction if recipe.sampler is None else _judge_samples
+    figures, rows = judge(generator, clips, num, seed, on_clips)
     run = Run(folder)
-    write_grid(run.folder / "evaluation", rows, generator.recipe.data.fps or 8)
+    write_grid(run.folder / "evaluation", rows, recipe.data.fps or 8)
     with replacing(run.folder / "evaluation.json") as aside:
         aside.write_text(json.dumps(figures, indent=2) + "\n")
     return figures
 
 
 def _judge_reconstruction(
-    generator: Generator, source: Source, num: int, seed: int, on_clips: Callable[[int], None]
+    generator: Generator, clips: VideoDataset, num: int, seed: int, on_clips: Callable[[int], None]
 ) -> tuple[dict[str, float], list[list[Tensor]]]:
     """PSNR, SSIM and the use of the codebook over val clips; originals above their reconstructions."""
-    size = generator.recipe.batch_size
-    num = min(num, len(source))
+    num = min(num, len(clips))
 
     def batches() -> Iterator[Tensor]:
-        for raw in source.loader(iterate_once(num, size)):
-            batch = generator.encoder.batch(raw)
-            assert batch.video is not None
-            yield batch.video
-            on_clips(len(batch.ids))
+        for raw in make_loader(clips, iterate_once(num, generator.recipe.batch_size)):
+            yield to_pixels(raw.video.to(generator.device))
+            on_clips(len(raw.ids))
 
     figures = reconstruct_metrics(generator.model, batches())
-    shown = next(iter(source.loader(iterate_once(min(GRID, num), GRID))))
-    rebuilt = reconstruct(generator, generator.encoder.batch(shown))
-    return figures, [list(source.videos(range(len(rebuilt)))), list(rebuilt)]
+    shown = torch.stack([clips[i, i].video for i in range(min(GRID, num))])
+    rebuilt = reconstruct(generator, to_pixels(shown.to(generator.device)))
+    return figures, [list(shown), list(rebuilt)]
 
 
 def _judge_samples(
-    generator: Generator, source: Source, num: int, seed: int, on_clips: Callable[[int], None]
+    generator: Generator, clips: VideoDataset, num: int, seed: int, on_clips: Callable[[int], None]
 ) -> tuple[dict[str, float], list[list[Tensor]]]:
     """Fréchet distance to the val clips and, where clips show one digit each, whether it is the digit asked for."""
-    conds, labels = [], []
-    for raw in source.loader([(n % len(source), n)] for n in range(num)):
-        conds.append(generator.encoder.batch(raw).cond)
-        labels.append(int(raw.labels[0]))
+    asked = [clips[n % len(clips), n] for n in range(num)]
+    labels = torch.tensor([clip.label for clip in asked])
+    cond = generator.encoder.text([clip.caption for clip in asked])
+    if generator.recipe.data.num_labels:
+        cond = replace(cond, label=labels.to(generator.device))
     started = time.monotonic()
-    drawn = torch.stack(list(sample_videos(generator, Cond.stack(conds), num, seed, on_clips)))
+    drawn = torch.stack(list(sample_videos(generator, cond, num, seed, on_clips)))
     figures = {"seconds_per_clip": (time.monotonic() - started) / num}
+
+    real = torch.stack([clips[i, i].video for i in range(min(len(clips), MOST_REAL))])
     frechet = FrechetDistance(random_conv_features(seed=0))
     frechet.update(drawn, real=False)
-    for first in range(0, len(source), 64):
-        frechet.update(source.videos(range(first, min(first + 64, len(source)))), real=True)
+    frechet.update(real, real=True)
     figures["frechet_random_conv"] = frechet.compute()
     preset = preset_of(generator.recipe.data.root)
-    if preset is not None and preset.digits == (1, 1) and NO_LABEL not in labels:
-        figures |= GlyphMetric(preset).accuracy(drawn, torch.tensor(labels))
-    return figures, _by_label(drawn, labels)
+    if preset is not None and preset.digits == (1, 1):
+        metric = GlyphMetric(preset)
+        figures |= metric.accuracy(drawn, labels)
+        real_labels = torch.tensor([clips[i, i].label for i in range(len(real))])
+        figures |= {f"{name}_of_real_clips": value for name, value in metric.accuracy(real, real_labels).items()}
+    return figures, _by_label(drawn, labels.tolist())
 
 
 def _by_label(videos: Tensor, labels: list[int]) -> list[list[Tensor]]:

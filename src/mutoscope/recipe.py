@@ -74,7 +74,7 @@ class TextConfig:
 
     @property
     def identity(self) -> str:
-        """Names the embeddings, so that those of one encoder are never taken for another's: the class and its fields."""
+        """Names the embeddings, so that one encoder's are never taken for another's: the class and its fields."""
         return repr(self)
 
     def build(self) -> Callable[[list[str]], Cond]:

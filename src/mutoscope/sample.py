@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from mutoscope.build import build_encoder, model_io
@@ -77,12 +77,11 @@ def draw_videos(
     return to_uint8(generator.encoder.decode(drawn)).cpu()
 
 
-def reconstruct(generator: Generator, batch: Batch) -> UInt8[Tensor, "b t h w 3"]:
-    """The batch's videos through an autoencoder and back, with nothing random."""
-    assert batch.video is not None
+def reconstruct(generator: Generator, video: Float[Tensor, "b 3 t h w"]) -> UInt8[Tensor, "b t h w 3"]:
+    """Videos, pixels in [-1, 1], through an autoencoder and back, with nothing random."""
     model = generator.model
     with inference(generator.recipe, model):
-        encoded = model.encode(batch.video)  # type: ignore[operator]
+        encoded = model.encode(video)  # type: ignore[operator]
         latents = encoded if model.spec.vocab else encoded[:, : model.spec.channels]  # type: ignore[union-attr]
         return to_uint8(model.decode(latents)).cpu()  # type: ignore[operator]
 
@@ -90,7 +89,8 @@ def reconstruct(generator: Generator, batch: Batch) -> UInt8[Tensor, "b t h w 3"
 def preview(generator: Generator, batch: Batch, draw: Draw) -> UInt8[Tensor, "b t h w 3"]:
     """What to look at while a model trains: the batch reconstructed, or videos drawn for the batch's conditions."""
     if generator.recipe.sampler is None:
-        return reconstruct(generator, batch)
+        assert batch.video is not None
+        return reconstruct(generator, batch.video)
     return draw_videos(generator, batch.cond, draw)
 
 

@@ -10,13 +10,14 @@ the seed has them: a quarter of what it is in [-1, 1]. So the weights of the oth
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from mutoscope.autoencoders.bottlenecks import codebook_usage
 from mutoscope.autoencoders.conv import ConvAutoencoder, ConvAutoencoderModel, Reconstructed
+from mutoscope.metrics.reconstruction import ssim
 from mutoscope.randomness import Draw
 from mutoscope.recipe import ObjectiveConfig
 from mutoscope.types import Batch, Loss
@@ -61,10 +62,12 @@ class Reconstruction(ObjectiveConfig):
         return self._loss(video, out)
 
     def validation_loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Loss:
-        """The same with nothing random: the posterior's mean, no noise on the latents."""
+        """The same with nothing random: the posterior's mean, no noise on the latents. SSIM is among the parts."""
         video = _video(batch)
         self._config(model)
-        return self._loss(video, model(video))
+        out = model(video)
+        loss = self._loss(video, out)
+        return replace(loss, parts=loss.parts | {"ssim": ssim(out.video.float(), video).mean()})
 
     def _config(self, model: nn.Module) -> ConvAutoencoder:
         """The model's configuration. Raises ValueError where a field of this objective would do nothing."""
