@@ -28,7 +28,7 @@ def test_the_run_counts_more_than_the_recipe_that_is_said_to_make_it(tmp_path: P
 
 
 def test_a_missing_autoencoder_is_answered_with_the_command_that_makes_it() -> None:
-    with pytest.raises(FileNotFoundError, match="mutoscope train minisora.vae --out runs/vae"):
+    with pytest.raises(FileNotFoundError, match=r"mutoscope train minisora\.vae --out runs/vae"):
         build_encoder(load_recipe("minisora.dit"), torch.device("cpu"))
 
 

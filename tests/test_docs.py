@@ -24,7 +24,8 @@ def test_the_model_of_add_a_model_trains_and_samples(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     [code] = blocks("docs/add-a-model.md", "python")
     Path("my_model.py").write_text(code)
-    commands = [c for block in blocks("docs/add-a-model.md", "") for c in block.splitlines() if c.startswith("mutoscope")]
+    lines = [line for block in blocks("docs/add-a-model.md", "") for line in block.splitlines()]
+    commands = [line for line in lines if line.startswith("mutoscope")]
     assert len(commands) == 2
     for command in commands:
         subprocess.run([sys.executable, "-m", *command.split()], check=True)
@@ -38,6 +39,6 @@ def test_the_model_of_add_a_model_trains_and_samples(tmp_path: Path, monkeypatch
 def test_files_that_documents_name_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     links = [link for link in re.findall(r"\]\(([^)#:]+)\)", text) if not link.startswith("http")]
-    paths = [path for path in re.findall(r"`((?:src|docs|tests|benchmarks)/[\w/.-]+)`", text)]
+    paths = re.findall(r"`((?:src|docs|tests|benchmarks)/[\w/.-]+)`", text)
     missing = [p for p in links + paths if not ((ROOT / document).parent / p).exists() and not (ROOT / p).exists()]
     assert missing == []

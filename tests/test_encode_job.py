@@ -77,7 +77,7 @@ def test_another_autoencoder_is_refused_with_both_hashes(tmp_path: Path) -> None
         encode(other, tmp_path / "store", progress=False)
     theirs = encode(other, tmp_path / "store2", progress=False).manifest.autoencoder_hash
     assert ours != theirs and ours in str(caught.value) and theirs in str(caught.value)
-    training = replace(other, data=replace(other.data, latents=str(tmp_path / "store")))
+    training = replace(other, text=None, data=replace(other.data, latents=str(tmp_path / "store")))
     with pytest.raises(StoreError, match=theirs):
         open_source(training, Encoder(load_autoencoder(other.autoencoder)), "train")
 

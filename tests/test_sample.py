@@ -1,4 +1,4 @@
-"""From a trained run to videos: what is drawn hangs on the seed, the video's number and its condition, and on nothing else."""
+"""From a trained run to videos: what is drawn hangs on the seed, the video's number and its condition alone."""
 
 from __future__ import annotations
 

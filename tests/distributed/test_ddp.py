@@ -21,7 +21,8 @@ FLAGS = ["--steps", "12", "--save-every", "3", "--sample-every", "0", "--validat
 
 def train(recipe: str, out: Path, batch_size: int, processes: int = 2) -> None:
     launcher = TORCHRUN if processes == 2 else [sys.executable]
-    command = [*launcher, "-m", "mutoscope", "train", recipe, *FLAGS, "--batch-size", str(batch_size), "--out", str(out)]
+    command = [*launcher, "-m", "mutoscope", "train", recipe, *FLAGS]
+    command += ["--batch-size", str(batch_size), "--out", str(out)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -40,7 +41,8 @@ def test_two_processes_equal_one_with_the_joined_batch(tmp_path: Path, recipe: s
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     train("minisora.dit_tiny", tmp_path / "whole", batch_size=4)
     part = tmp_path / "part"
-    command = [*TORCHRUN, "-m", "mutoscope", "train", "minisora.dit_tiny", *FLAGS, "--batch-size", "4", "--out", str(part)]
+    command = [*TORCHRUN, "-m", "mutoscope", "train", "minisora.dit_tiny", *FLAGS]
+    command += ["--batch-size", "4", "--out", str(part)]
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, start_new_session=True)
     while process.poll() is None and max([line["step"] for line in Run(part).metrics()] or [0]) < 5:
         time.sleep(0.005)

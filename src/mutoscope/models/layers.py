@@ -65,8 +65,7 @@ def scaled_dot_product_attention(
 
 
 class MLP(nn.Module):
-    """Linear, GELU, Linear. (GELU by erf: DiT's tanh form is no faster on GPUs, and takes several times as long in bf16 on
-    CPUs.)"""
+    """Linear, GELU, Linear. (GELU by erf: DiT's tanh form takes several times as long in bf16 on CPUs.)"""
 
     def __init__(self, width: int, hidden: int, out: int | None = None) -> None:
         super().__init__()
