@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from mutoscope.config import classes
 from mutoscope.errors import ConfigError
 from mutoscope.models.dit import DiT
 from mutoscope.objectives.diffusion import Diffusion
-from mutoscope.recipe import Autoencoder, Data, ModelConfig, Optim, Recipe, Sampler, load_recipe, validate
+from mutoscope.recipe import Autoencoder, Data, ModelConfig, Optim, Recipe, Sampler, load_recipe, load_toml, validate
 from mutoscope.toml import dump_toml
 
 RECIPE = Recipe(
@@ -109,6 +110,7 @@ class TestReferences:
         )
         assert refused("run").startswith("run/recipe.toml:")
         assert "recipe.model.type: 'my_model.py:TinyConv' is Python code" in refused("run")
+        assert load_toml(Path("run/recipe.toml"), known=classes(recipe)) == recipe
         model = load_recipe("run", trust_code=True).model
         assert model.trusted  # type: ignore[attr-defined]  # the run's copy, not the file it was made from
 

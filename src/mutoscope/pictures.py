@@ -1,4 +1,4 @@
-"""Videos laid out for people to look at: a grid that plays as an mp4, and a sheet of film strips as a PNG."""
+"""Videos laid out for people to look at: a grid that plays, and film strips."""
 
 from __future__ import annotations
 
@@ -20,15 +20,20 @@ SHADE = 40
 
 
 def write_grid(stem: Path, rows: Sequence[Sequence[UInt8[Tensor, "t h w 3"]]], fps: float) -> None:
-    """STEM.mp4, in which all videos play beside each other, and STEM.png, their frames as film strips.
+    """STEM.mp4, in which all videos play beside each other, and STEM.png, the frame in the middle of it.
 
     Small videos are enlarged by a whole number, without smoothing.
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
-    videos = [[_enlarged(v.numpy()) for v in row] for row in rows]
-    write_video(stem.with_suffix(".mp4"), _tiled(videos), fps)
-    strips = [[v[None, i] for i in _picks(len(v))] for row in videos for v in row]
-    save_png(stem.with_suffix(".png"), _tiled(strips)[0])
+    video = _tiled([[_enlarged(v.numpy()) for v in row] for row in rows])
+    write_video(stem.with_suffix(".mp4"), video, fps)
+    save_png(stem.with_suffix(".png"), video[len(video) // 2])
+
+
+def write_strips(path: Path, videos: Sequence[UInt8[Tensor, "t h w 3"]]) -> None:
+    """A PNG with the frames of each video in a row; of long videos, eight of them."""
+    strips = [[v[None, i] for i in _picks(len(v))] for v in (_enlarged(video.numpy()) for video in videos)]
+    save_png(path, _tiled(strips)[0])
 
 
 def save_png(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:

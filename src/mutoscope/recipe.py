@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -316,10 +316,17 @@ def _file_function(path: Path, name: str, trust_code: bool) -> Callable[[], Any]
     return functions[name]
 
 
-def load_toml(path: Path, *, trust_code: bool = False, below: tuple[Path, ...] = ()) -> Recipe:
+def load_toml(
+    path: Path,
+    *,
+    trust_code: bool = False,
+    known: Mapping[str, type] | None = None,
+    below: tuple[Path, ...] = (),
+) -> Recipe:
     """The recipe in a TOML file, laid over its ``base`` where it names one: a reference as `load_recipe` takes,
     whose path is relative to the file.
 
+    known: classes of the user's that the file may name because they are here already (see `config.classes`).
     below: the files whose base this one is, which it may not start from in turn.
     """
     if not path.is_file():
@@ -327,10 +334,10 @@ def load_toml(path: Path, *, trust_code: bool = False, below: tuple[Path, ...] =
     chain = (*below, path.resolve())
     if chain[-1] in below:
         raise ConfigError(f"{below[-1]}: base goes round in a circle: {' -> '.join(p.name for p in chain)}")
-    tree, known = read_toml(path), {}
+    tree, known = read_toml(path), dict(known or {})
     if BASE in tree:
         base = _load_base(tree.pop(BASE), path, trust_code, chain)
-        tree, known = merge(to_dict(base), tree), classes(base)
+        tree, known = merge(to_dict(base), tree), known | classes(base)
     try:
         return from_dict(Recipe, tree, code_dir=path.parent if trust_code else None, known=known)
     except ConfigError as error:

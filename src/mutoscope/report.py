@@ -122,7 +122,7 @@ def _film(stem: Path, caption: str, folder: Path) -> str:
     video, image = (html.escape(os.path.relpath(stem.with_suffix(s), folder)) for s in (".mp4", ".png"))
     return (
         f"<figure><video src='{video}' autoplay loop muted playsinline controls></video>"
-        f"<figcaption>{html.escape(caption)} · <a href='{image}'>as film strips</a></figcaption></figure>"
+        f"<figcaption>{html.escape(caption)} · <a href='{image}'>a still</a></figcaption></figure>"
     )
 
 

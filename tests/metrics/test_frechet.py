@@ -51,10 +51,9 @@ def test_gaussians_closed_form() -> None:
     mean1, mean2, std1, std2 = random(8), random(8), random(8).abs(), random(8).abs()
     std1[3] = 0  # singular
     expected = float((mean1 - mean2).square().sum() + (std1 - std2).square().sum())
-    assert frechet_distance(mean1, std1.square().diag(), mean2, std2.square().diag()) == pytest.approx(expected, rel=1e-9)
-    turn, _ = torch.linalg.qr(random(8, 8))
-    turned = [turn @ std.square().diag() @ turn.T for std in (std1, std2)]
-    assert frechet_distance(turn @ mean1, turned[0], turn @ mean2, turned[1]) == pytest.approx(expected, rel=1e-6)
+    for turn in (torch.eye(8, dtype=torch.float64), torch.linalg.qr(random(8, 8))[0]):
+        cov1, cov2 = (turn @ std.square().diag() @ turn.T for std in (std1, std2))
+        assert frechet_distance(turn @ mean1, cov1, turn @ mean2, cov2) == pytest.approx(expected, rel=1e-6)
 
 
 def test_too_few_videos_are_refused() -> None:

@@ -6,6 +6,7 @@ With I3D features this is FVD (arXiv:1812.01717); the distance is that of two Ga
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def random_conv_features(seed: int = 0, width: int = 64) -> Features:
     generator = torch.Generator().manual_seed(seed_of(seed, "random_conv_features"))
     channels = (3, width // 4, width // 2, width)
     weights = []
-    for fan_in, fan_out in zip(channels[:-1], channels[1:], strict=True):
+    for fan_in, fan_out in itertools.pairwise(channels):
         weight = torch.randn(fan_out, fan_in, 3, 3, 3, generator=generator)
         weights.append(weight * (2 / weight[0].numel()) ** 0.5)  # keeps the variance through a ReLU
 

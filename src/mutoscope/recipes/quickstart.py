@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from rich.progress import Progress
 
 from mutoscope.autoencoders.conv import ConvAutoencoder
@@ -23,6 +24,7 @@ from mutoscope.evaluate import evaluate_run
 from mutoscope.models.dit import DiT
 from mutoscope.objectives.diffusion import Diffusion
 from mutoscope.objectives.reconstruction import Reconstruction
+from mutoscope.pictures import write_strips
 from mutoscope.recipe import Autoencoder, Data, Optim, Recipe, Sampler
 from mutoscope.report import Stage, write_report
 from mutoscope.run import Run
@@ -72,12 +74,12 @@ def dit() -> Recipe:
     return Recipe(
         data=CLIPS,
         autoencoder=Autoencoder(path="runs/autoencoder", recipe="quickstart.autoencoder"),
-        model=DiT(depth=4, width=160, heads=5, patch=(1, 2, 2), attention="joint"),
+        model=DiT(depth=4, width=160, heads=5, patch=(1, 1, 1), attention="joint"),
         objective=Diffusion(),
         sampler=Sampler(steps=25, guidance_scale=2.0),
         optim=Optim(name="muon", lr=3e-3, betas=(0.9, 0.99), schedule="cosine", warmup_steps=50),
-        steps=4000,
-        batch_size=24,
+        steps=2500,
+        batch_size=16,
         precision="bf16",
         ema=0.995,
         log_every=50,
@@ -129,24 +131,32 @@ def demo(out: Path, *, clips: int = 4000, num: int = 200) -> dict[str, float]:
         )
         drawn = _with_bar("drawing", num, lambda tick: evaluate_run(out / "dit", num=num, on_clips=tick))
     figures = {f"autoencoder.{k}": v for k, v in rebuilt.items()} | {f"dit.{k}": v for k, v in drawn.items()}
-    _draw_digits(out / "dit", out / "videos")
+    _draw_digits(out / "dit", out)
     runs = {"Autoencoder": Run(out / "autoencoder"), "Latent diffusion transformer": Run(out / "dit")}
     write_report(out / "report.html", "Mutoscope demo: flying digits", runs, stages, figures)
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     for name, value in figures.items():
         console.print(f"{name:32} {value:.4g}")
-    for what, path in {"videos": "videos", "grid": "dit/evaluation.png", "report": "report.html"}.items():
+    for what, path in {
+        "videos": "videos",
+        "their frames": "digits.png",
+        "200 more": "dit/evaluation.mp4",
+        "report": "report.html",
+    }.items():
         console.print(f"{what}: {out / path}", markup=False)
     return figures
 
 
-def _draw_digits(run: Path, folder: Path) -> None:
-    """One video of each digit."""
+def _draw_digits(run: Path, out: Path) -> None:
+    """One video of each digit, and a sheet of their frames."""
     generator = load_generator(run)
-    folder.mkdir(exist_ok=True)
-    for digit in range(10):
-        video = next(sample_videos(generator, conditions(generator, 1, digit, None), 1, seed=digit))
-        write_video(folder / f"digit-{digit}.mp4", video.numpy(), fps=8)
+    digits = range(10)
+    cond = replace(conditions(generator, len(digits), None, None), label=torch.tensor(digits, device=generator.device))
+    videos = list(sample_videos(generator, cond, len(digits), seed=1))
+    (out / "videos").mkdir(exist_ok=True)
+    for digit in digits:
+        write_video(out / "videos" / f"digit-{digit}.mp4", videos[digit].numpy(), fps=8)
+    write_strips(out / "digits.png", videos)
 
 
 @contextmanager
