@@ -15,12 +15,14 @@ from mutoscope.recipe import Autoencoder, Recipe, load_recipe
 from mutoscope.types import PIXELS, LatentSpec, ModelIO
 
 
-def build_encoder(recipe: Recipe, device: torch.device, stats: LatentStats | None = None) -> Encoder:
-    """The recipe's autoencoder and text encoder, loaded.
+def build_encoder(
+    recipe: Recipe, device: torch.device, stats: LatentStats | None = None, trust_code: bool = False
+) -> Encoder:
+    """The recipe's autoencoder and text encoder, loaded; `trust_code` as in `load_recipe`, for the autoencoder's run.
 
     Raises FileNotFoundError, with the command that makes it, where the autoencoder's run is not there.
     """
-    autoencoder = load_autoencoder(recipe.autoencoder) if recipe.autoencoder else None
+    autoencoder = load_autoencoder(recipe.autoencoder, trust_code=trust_code) if recipe.autoencoder else None
     text = recipe.text.build() if recipe.text else None
     dtype = recipe.autoencoder.dtype if recipe.autoencoder else "fp32"
     return Encoder(autoencoder, stats=stats, text=text, dtype=dtype, device=device)

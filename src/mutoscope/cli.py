@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     debug = "--debug" in words or bool(os.environ.get("MUTOSCOPE_DEBUG"))
     try:
         _run([word for word in words if word != "--debug"])
+        sys.stdout.flush()  # inside the try: a closed pipe may show only here
     except MISTAKES as error:
         if debug:
             raise

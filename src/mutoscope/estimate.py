@@ -232,6 +232,8 @@ class _Tracker(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._seen(leaf)
+        if func is aten.convolution_backward.default:
+            self._note_peak(scratch=sum(t.nbytes for t in args[:2] if not _is_channels_last(t)))
         if (formula := _FLOPS.get(func.overloadpacket)) is not None:
             # In the backward pass gradients are on only while activations are computed again
             again = self._phase == "backward" and torch.is_grad_enabled()
@@ -245,9 +247,12 @@ class _Tracker(TorchDispatchMode):
             size = storage.nbytes()
             self._storages[key] = weakref.ref(storage, lambda _: self._freed(key)), size, "activations"
             self.living["activations"] += size
-            if self.living.total() > self.peak.total():
-                self.peak = self.living.copy()
+            self._note_peak()
         return key
+
+    def _note_peak(self, scratch: int = 0) -> None:
+        if self.living.total() + scratch > self.peak.total():
+            self.peak = self.living + Counter(activations=scratch)
 
     def _freed(self, key: int) -> None:
         _, size, part = self._storages.pop(key)
@@ -264,6 +269,11 @@ _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
 }
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Whether a convolution takes this tensor as it is; a CPU's kernels copy what lies otherwise."""
+    return x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def _fake_bincount(values: Tensor, weights: None = None, minlength: int = 0) -> Tensor:

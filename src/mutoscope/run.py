@@ -26,7 +26,7 @@ import torch
 from mutoscope.config import classes, to_dict
 from mutoscope.data.store import LatentStats
 from mutoscope.files import replacing
-from mutoscope.recipe import Recipe, load_recipe
+from mutoscope.recipe import Recipe, load_recipe, load_toml
 from mutoscope.toml import dump_toml
 from mutoscope.user_code import code_files
 
@@ -99,7 +99,8 @@ class Run:
         Raises ValueError listing every field that differs and may not.
         """
         if self.recipe_file.exists():
-            different = recipe_difference(self.recipe, recipe)
+            # the classes of the new recipe are imported already; no file of the run's own is
+            different = recipe_difference(load_toml(self.recipe_file, known=classes(recipe)), recipe)
             if different:
                 raise ValueError(
                     f"{self.folder} holds a run of another recipe, which can't be resumed as this one:\n  "

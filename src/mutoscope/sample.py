@@ -53,7 +53,7 @@ def load_generator(folder: Path, trust_code: bool = False) -> Generator:
         )
     recipe = run.recipe
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = build_encoder(recipe, device, stats=run.latent_stats())
+    encoder = build_encoder(recipe, device, run.latent_stats(), trust_code)
     model = recipe.model.build(model_io(recipe, encoder.spec))
     load_strict(model, read_weights(run.weights), source=str(run.weights))
     return Generator(recipe=recipe, model=model.to(device).eval().requires_grad_(False), encoder=encoder)

@@ -232,7 +232,7 @@ class Demo:
     """Where everything goes; stages that are finished there are not done again."""
 
     def run(self) -> None:
-        from mutoscope.recipes.quickstart import demo
+        from mutoscope.demo import demo
 
         demo(self.out)
 

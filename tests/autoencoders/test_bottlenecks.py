@@ -188,6 +188,15 @@ def test_reinit_replaces_unused_codes_by_near_copies_of_used_ones_in_proportion_
     assert torch.equal(again.weight, quantizer.weight)  # a function of the epoch: the same on every rank
 
 
+@pytest.mark.parametrize("counts", [[1, 2, 3], [0, 0, 0]])
+def test_reinit_where_all_or_none_are_used_changes_nothing(counts):
+    quantizer = VectorQuantizer(3, 4)
+    quantizer.counts.copy_(torch.tensor(counts))
+    before = quantizer.weight.detach().clone()
+    quantizer.after_epoch(0, reinit=True)
+    assert torch.equal(quantizer.weight, before)
+
+
 # --- ema_vq ---
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -190,21 +191,21 @@ def test_a_dropped_condition_is_the_null_condition() -> None:
 
 
 def test_attention_against_its_formula() -> None:
-    attention = shaken(Attention(16, 4, context_width=12)).double()
-    assert isinstance(attention, Attention)
+    attention = shaken(Attention(16, 4, context_width=12))
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 5, 16, generator=generator).double()
-    context = torch.randn(2, 7, 12, generator=generator).double()
+    x, context = torch.randn(2, 5, 16, generator=generator), torch.randn(2, 7, 12, generator=generator)
     mask = torch.rand(2, 7, generator=generator) < 0.6
 
+    exact = copy.deepcopy(attention).double()
+    assert isinstance(exact, Attention)
     rms = lambda y: y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    q = attention.query(x).reshape(2, 5, 4, 4)
-    k, v = (y.reshape(2, 7, 4, 4) for y in attention.key_value(context).split(16, -1))
-    q, k = rms(q) * attention.query_scale, rms(k) * attention.key_scale
+    q = exact.query(x.double()).reshape(2, 5, 4, 4)
+    k, v = (y.reshape(2, 7, 4, 4) for y in exact.key_value(context.double()).split(16, -1))
+    q, k = rms(q) * exact.query_scale, rms(k) * exact.key_scale
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / 2  # √4
     weights = scores.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
-    expected = attention.out(torch.einsum("bhij,bjhd->bihd", weights, v).flatten(2))
-    torch.testing.assert_close(attention(x.float().double(), context, mask), expected)
+    expected = exact.out(torch.einsum("bhij,bjhd->bihd", weights, v).flatten(2))
+    torch.testing.assert_close(attention(x, context, mask).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_modulation_and_sinusoids() -> None:

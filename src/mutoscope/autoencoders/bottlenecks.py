@@ -137,8 +137,8 @@ class VectorQuantizer(nn.Module):
     def after_epoch(self, epoch: int, reinit: bool) -> None:
         """Begin the counts of a new epoch; before that, with `reinit`, let codes that the epoch never chose split
         those that it chose, drawn in proportion to how often it did."""
-        if reinit and self.counts.any():
-            unused = self.counts == 0
+        unused = self.counts == 0
+        if reinit and unused.any() and not unused.all():
             _, vectors = _split(self.weight, self.counts.double(), unused, seed_of("reinit unused codes", epoch))
             self.weight[unused] = vectors
         self.counts.zero_()

@@ -208,8 +208,8 @@ class ConvAutoencoderModel(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The stages of both networks: the unit of checkpointing and sharding."""
-        return [*self.encoder, *self.decoder]
+        """The two networks: the units of checkpointing and compilation. (Single layers would gain from neither.)"""
+        return [self.encoder, self.decoder]
 
     def forward(
         self,

@@ -24,8 +24,8 @@ def vqvae() -> Recipe:
     """VQ-VAE of minisora: 32×256×256 pixels to 8×64×64 tokens of 5120 codes.
 
     Source: minisora's README, train_vqvae.py --network_variant s8_b --n_codes 5120 --embedding_dim 4 --resolution 256
-    --sequence_length 32 --low_utilization_cost 0.1 --commitment_cost 0.25 --lr 0.001 --epochs 150 (of 10,000 clips). The
-    seed's s8_b did not quantise (see autoencoders/presets.py); this one does. Its learning rate fell when the
+    --sequence_length 32 --low_utilization_cost 0.1 --commitment_cost 0.25 --lr 0.001 --epochs 150 (of 10,000 clips).
+    The seed's s8_b did not quantise (see autoencoders/presets.py); this one does. Its learning rate fell when the
     validation loss stood still; here it falls along a cosine.
     Command: mutoscope train minisora.vqvae --out runs/vqvae
     Hardware and time: a GPU, with 3 GB; not timed. A CPU core takes 3.5 seconds per clip, a minute per step.

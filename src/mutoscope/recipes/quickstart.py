@@ -1,39 +1,18 @@
-"""From nothing to videos on a laptop: `mutoscope demo` runs the chain at the end of this file.
-
-The recipes are small enough for two CPU cores and take any folder of short clips (see the README).
-"""
+"""Small enough for two CPU cores, for any folder of short clips. `mutoscope demo` trains the first two."""
 
 from __future__ import annotations
 
-import json
-import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-
-import torch
-from rich.progress import Progress
 
 from mutoscope.autoencoders.conv import ConvAutoencoder
-from mutoscope.data.flying_mnist import make, preset_named
-from mutoscope.data.video import write_video
-from mutoscope.encode_job import encode
-from mutoscope.evaluate import evaluate_run
 from mutoscope.models.dit import DiT
 from mutoscope.objectives.diffusion import Diffusion
 from mutoscope.objectives.reconstruction import Reconstruction
-from mutoscope.pictures import write_strips
 from mutoscope.recipe import Autoencoder, Data, Optim, Recipe, Sampler
-from mutoscope.report import Stage, write_report
-from mutoscope.run import Run
-from mutoscope.sample import conditions, load_generator, sample_videos
 from mutoscope.text.encoders import HashedWords
-from mutoscope.training.log import console, peak_memory
-from mutoscope.training.loop import train
 
 CLIPS = Data(root="flying-mnist://demo", frames=8, height=32, width=32, fps=8, num_labels=10, cache=True)
+_TINY_CLIPS = replace(CLIPS, root="flying-mnist://tiny", frames=4, height=16, width=16)
 
 
 def autoencoder() -> Recipe:
@@ -100,74 +79,58 @@ def text_to_video() -> Recipe:
     return replace(dit(), text=HashedWords(), data=replace(CLIPS, num_labels=0))
 
 
-def demo(out: Path, *, clips: int = 4000, num: int = 200) -> dict[str, float]:
-    """The whole chain on generated clips: data, autoencoder, latents, transformer, evaluation, videos, report.
+def autoencoder_tiny() -> Recipe:
+    """The patch-local autoencoder in seconds, on clips of 4 frames of 16×16 pixels.
 
-    Stages that an earlier call finished in `out` are not done again. Returns the figures, which are printed too.
-
-    Args:
-        clips: training clips to generate.
-        num: videos to draw for the evaluation.
+    Source: quickstart.autoencoder with all sizes cut down.
+    Command: mutoscope train quickstart.autoencoder_tiny
+    Status: verified
     """
-    data = replace(CLIPS, root=str(out / "clips"))
-    first = replace(autoencoder(), data=data)
-    second = replace(
+    return replace(
+        autoencoder(),
+        data=_TINY_CLIPS,
+        model=ConvAutoencoder(
+            network="patch", strides=(2, 4, 4), encoder_channels=(16,), decoder_channels=(16,), latent_channels=4,
+            bounded=True, latent_noise=0.1,
+        ),
+        steps=20,
+        batch_size=4,
+        log_every=5,
+        validate_every=10,
+        sample_every=10,
+        save_every=10,
+        num_samples=4,
+    )  # fmt: skip
+
+
+def dit_tiny() -> Recipe:
+    """The transformer in seconds, on pixels of clips of 4 frames of 16×16.
+
+    Source: quickstart.dit with all sizes cut down.
+    Command: mutoscope train quickstart.dit_tiny
+    Status: verified
+    """
+    return replace(
         dit(),
-        data=replace(data, latents=str(out / "latents"), cache=False),
-        autoencoder=Autoencoder(path=str(out / "autoencoder"), recipe="quickstart.autoencoder"),
+        data=_TINY_CLIPS,
+        autoencoder=None,
+        model=DiT(depth=2, width=32, heads=2, patch=(2, 4, 4), attention="joint"),
+        sampler=Sampler(steps=4, guidance_scale=2.0),
+        steps=20,
+        batch_size=4,
+        log_every=5,
+        validate_every=10,
+        sample_every=10,
+        save_every=10,
+        num_samples=4,
     )
-    stages: list[Stage] = []
-    with _timed("generate clips", stages):
-        make(out / "clips", preset_named("demo"), workers=os.cpu_count() or 1, train=clips)
-    with _timed("train the autoencoder", stages):
-        train(first, out / "autoencoder")
-    with _timed("encode the clips", stages):
-        encode(second, out / "latents")
-    with _timed("train the transformer", stages):
-        train(second, out / "dit")
-    with _timed("draw and evaluate", stages):
-        rebuilt = _with_bar(
-            "reconstructing", num, lambda tick: evaluate_run(out / "autoencoder", num=num, on_clips=tick)
-        )
-        drawn = _with_bar("drawing", num, lambda tick: evaluate_run(out / "dit", num=num, on_clips=tick))
-    figures = {f"autoencoder.{k}": v for k, v in rebuilt.items()} | {f"dit.{k}": v for k, v in drawn.items()}
-    _draw_digits(out / "dit", out)
-    runs = {"Autoencoder": Run(out / "autoencoder"), "Latent diffusion transformer": Run(out / "dit")}
-    write_report(out / "report.html", "Mutoscope demo: flying digits", runs, stages, figures)
-    (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
-    for name, value in figures.items():
-        console.print(f"{name:32} {value:.4g}")
-    for what, path in {
-        "videos": "videos",
-        "their frames": "digits.png",
-        "200 more": "dit/evaluation.mp4",
-        "report": "report.html",
-    }.items():
-        console.print(f"{what}: {out / path}", markup=False)
-    return figures
 
 
-def _draw_digits(run: Path, out: Path) -> None:
-    """One video of each digit, and a sheet of their frames."""
-    generator = load_generator(run)
-    digits = range(10)
-    cond = replace(conditions(generator, len(digits), None, None), label=torch.tensor(digits, device=generator.device))
-    videos = list(sample_videos(generator, cond, len(digits), seed=1))
-    (out / "videos").mkdir(exist_ok=True)
-    for digit in digits:
-        write_video(out / "videos" / f"digit-{digit}.mp4", videos[digit].numpy(), fps=8)
-    write_strips(out / "digits.png", videos)
+def text_to_video_tiny() -> Recipe:
+    """The same, conditioned on captions.
 
-
-@contextmanager
-def _timed(name: str, stages: list[Stage]) -> Iterator[None]:
-    console.rule(name, align="left")
-    started = time.monotonic()
-    yield
-    stages.append(Stage(name=name, seconds=time.monotonic() - started, peak_memory=peak_memory()))
-
-
-def _with_bar(name: str, total: int, work: Callable[[Callable[[int], None]], dict[str, float]]) -> dict[str, float]:
-    with Progress(console=console) as progress:
-        bar = progress.add_task(name, total=total)
-        return work(lambda done: progress.advance(bar, done))
+    Source: quickstart.text_to_video with all sizes cut down.
+    Command: mutoscope train quickstart.text_to_video_tiny
+    Status: verified
+    """
+    return replace(dit_tiny(), text=HashedWords(width=16, max_length=8), data=replace(_TINY_CLIPS, num_labels=0))

@@ -26,6 +26,7 @@ from mutoscope.encode import Encoder, Source, open_source
 from mutoscope.pictures import write_grid
 from mutoscope.randomness import Draw, seed_of
 from mutoscope.recipe import Recipe, validate
+from mutoscope.report import write_report
 from mutoscope.run import Run
 from mutoscope.sample import Generator, preview
 from mutoscope.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
@@ -133,7 +134,8 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
     if engine.main:
         with state.averaged():
             save_weights(run.weights, model.state_dict(), {"recipe": type(recipe.model).__name__})
-        log.say(f"weights: {run.weights}")
+        write_report(run.folder / "report.html", run.folder.name, {"Training": run})
+        log.say(f"weights: {run.weights}; report: {run.folder / 'report.html'}")
     engine.barrier()
 
 
