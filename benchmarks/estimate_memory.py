@@ -3,7 +3,7 @@
     python -m benchmarks.estimate_memory
 
 Each recipe is trained for real, by `mutoscope.training.loop.train`, for three steps in a fresh process, which has
-trained a small recipe before so that libraries are loaded. On a CPU the measure is the growth of resident memory at its
+trained a step of one clip before so that libraries are loaded. On a CPU the measure is the growth of resident memory at its
 peak: it is what a machine runs out of, and holds all that the estimate leaves out, such as kernels' scratch space. glibc
 is told to give freed memory back at once, because what it would keep hangs on what ran before. On a GPU the measure is
 `torch.cuda.max_memory_allocated`.
@@ -72,9 +72,9 @@ def measure(recipe: Recipe) -> float:
 
 
 def training(recipe: Recipe) -> Callable[[], object]:
-    """Training, after a small recipe."""
+    """Training this recipe, after a step of one clip."""
     console.quiet = True
-    run(replace(BASE, precision=recipe.precision, steps=1))
+    run(replace(recipe, batch_size=1, accumulate=1, steps=1))
     return partial(run, recipe)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from mutoscope.cli import main
+from mutoscope.data.flying_mnist import make, preset_named
+from mutoscope.data.video import probe
+from mutoscope.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,6 +37,28 @@ def test_the_model_of_add_a_model_trains_and_samples(tmp_path: Path, monkeypatch
     with pytest.raises(SystemExit) as refused:
         main(["sample", "runs/tiny"])
     assert refused.value.code == 2
+
+
+def test_the_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them but make and torchrun, on a folder of captioned clips, with few steps."""
+    monkeypatch.chdir(tmp_path)
+    make("made", preset_named("demo"), workers=1, train=40, val=1, progress=False)
+    (tmp_path / "made" / "train").rename("clips")
+    for label in Path("clips").glob("*.json"):
+        label.unlink()
+    lines = [line.split("#")[0].strip() for block in blocks("README.md", "") for line in block.splitlines()]
+    commands = [line for line in lines if line.startswith("mutoscope ")]
+    assert len(commands) == 8
+    few = ["--steps", "3", "--validate-every", "0", "--sample-every", "0"]
+    for command in commands:
+        words, _, out = command.partition(" > ")
+        arguments = shlex.split(words) + (few if " train " in command else [])
+        done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, (command, done.stderr)
+        if out:
+            Path(out).write_text(done.stdout)
+    assert load_recipe("mine.toml") == load_recipe("minisora.dit")
+    assert probe("out.mp4").frames == 8
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/concepts.md", "docs/metrics.md"])

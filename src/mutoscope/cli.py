@@ -16,7 +16,7 @@ from mutoscope.errors import ConfigError, did_you_mean
 from mutoscope.training.signals import Stopped
 from mutoscope.verbs import VERBS, OnRecipe
 
-MISTAKES = (ValueError, FileNotFoundError)
+MISTAKES = (ValueError, FileNotFoundError, FileExistsError)
 """What a user can put right: told in a line, without a traceback."""
 
 _CONFIG = (tyro.conf.FlagCreatePairsOff,)

@@ -48,7 +48,7 @@ def demo(
     first = replace(first, data=replace(first.data, root=str(out / "clips")))
     second = replace(
         second,
-        data=replace(second.data, root=str(out / "clips"), latents=str(out / "latents"), cache=False),
+        data=replace(second.data, root=str(out / "clips"), latents=str(out / "latents")),
         autoencoder=Autoencoder(path=str(out / "autoencoder"), recipe="quickstart.autoencoder"),
     )
     stages = _Stages(out / "stages.json")

@@ -11,7 +11,7 @@ from mutoscope.objectives.reconstruction import Reconstruction
 from mutoscope.recipe import Autoencoder, Data, Optim, Recipe, Sampler
 from mutoscope.text.encoders import HashedWords
 
-CLIPS = Data(root="flying-mnist://demo", frames=8, height=32, width=32, fps=8, num_labels=10, cache=True)
+CLIPS = Data(root="flying-mnist://demo", frames=8, height=32, width=32, fps=8, num_labels=10)
 _TINY_CLIPS = replace(CLIPS, root="flying-mnist://tiny", frames=4, height=16, width=16)
 
 
@@ -27,7 +27,7 @@ def autoencoder() -> Recipe:
     Status: verified
     """
     return Recipe(
-        data=CLIPS,
+        data=replace(CLIPS, cache=True),
         model=ConvAutoencoder(
             network="patch", strides=(4, 4, 4), encoder_channels=(256,), decoder_channels=(256,), latent_channels=12,
             bounded=True, latent_noise=0.1,
