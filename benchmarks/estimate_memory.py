@@ -11,6 +11,7 @@ is told to give freed memory back at once, because what it would keep hangs on w
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable
@@ -22,7 +23,7 @@ import torch
 
 from benchmarks.harness import peak_memory, table
 from mutoscope.autoencoders.presets import preset
-from mutoscope.estimate import Estimate, estimate
+from mutoscope.estimate import estimate
 from mutoscope.models.dit import DiT
 from mutoscope.objectives.diffusion import Diffusion
 from mutoscope.objectives.reconstruction import Reconstruction
@@ -75,6 +76,7 @@ def training(recipe: Recipe) -> Callable[[], object]:
     """Training this recipe, after a step of one clip."""
     console.quiet = True
     run(replace(recipe, batch_size=1, accumulate=1, steps=1))
+    gc.collect()
     return partial(run, recipe)
 
 

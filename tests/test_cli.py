@@ -173,7 +173,7 @@ class TestVerbs:
         assert [line.split()[0] for line in lines] == [item["name"] for item in listed if item["name"] not in tiny]
 
     def test_encode(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        encode = replaced(monkeypatch, "mutoscope.encode_job.encode")
+        encode = replaced(monkeypatch, "mutoscope.encode.encode")
         main(["encode", "mine.toml", "--workers", "3", "--data.fps", "4"])
         assert encode.call_args.args == (replace(RECIPE, data=replace(RECIPE.data, fps=4.0)), Path("runs/mine.latents"))
         assert encode.call_args.kwargs == {"workers": 3, "trust_code": False}

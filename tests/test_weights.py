@@ -41,6 +41,14 @@ def test_the_hash_sees_values_names_shapes_and_dtypes() -> None:
     assert hash_weights({"a": torch.arange(4.0).view(2, 2).T}) == hash_weights({"a": torch.tensor([[0.0, 2], [1, 3]])})
 
 
+def test_the_same_weights_are_the_same_file(tmp_path: Path) -> None:
+    path, written = tmp_path / "w.safetensors", set()
+    for _ in range(10):
+        save_weights(path, network().state_dict(), {"recipe": "DiT", "note": 'naïve "中文" / \n'})
+        written.add(path.read_bytes())
+    assert len(written) == 1
+
+
 def test_tied_weights_are_written_twice(tmp_path: Path) -> None:
     tied = torch.randn(3)
     save_weights(tmp_path / "w.safetensors", {"a": tied, "b": tied})

@@ -10,7 +10,7 @@ from torch import nn
 
 from mutoscope.autoencoders.pretrained import load_autoencoder
 from mutoscope.data.store import LatentStats
-from mutoscope.encode import Encoder
+from mutoscope.encoder import Encoder
 from mutoscope.recipe import Autoencoder, Recipe, load_recipe
 from mutoscope.types import PIXELS, LatentSpec, ModelIO
 

@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from mutoscope.data.flying_mnist import make, preset_named
 from mutoscope.data.video import write_video
-from mutoscope.encode_job import encode
+from mutoscope.encode import encode
 from mutoscope.evaluate import evaluate_run
 from mutoscope.pictures import write_strips
 from mutoscope.recipe import Autoencoder, Recipe

@@ -1,201 +1,333 @@
-"""Encoder: the one path from clips and captions to what a model learns from, and from latents back to video.
+"""`mutoscope encode`: clips -> latents or tokens, captions -> embeddings, once, into a LatentStore.
 
-Training uses it on the fly, `mutoscope encode` uses it to fill a LatentStore, sampling uses it to decode. What it draws
-hangs on the sample alone, and clips go through the autoencoder one at a time: convolutions give other last bits for
-another batch size (on a CPU and on a GPU), so that only a batch of one makes a stored clip equal, bit for bit, to one
-encoded on the fly in whatever company. (On the same hardware with the same number of threads, that is.) The price is
-speed for small clips, up to 1.6x for 16x32x32 pixels on one core; whoever wants speed encodes once and trains from the
-store.
+Two phases, each with its model alone on the device: captions, then clips. The list of clips is written before the work
+begins and fixes every clip's shard; processes take whole shards and share nothing else, so that a job may be killed at
+any moment, is resumed by the same command, and leaves the bytes that it would have left undisturbed (on the same
+hardware, with the same number of workers). Clips added to the data since are appended.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+import fcntl
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import count
+from multiprocessing import connection
+from pathlib import Path
 
 import torch
-from jaxtyping import Float, UInt8
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+import xxhash
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mutoscope.data.dataset import Clips, VideoDataset, make_loader, to_pixels, to_uint8
+from mutoscope.autoencoders.pretrained import load_autoencoder
+from mutoscope.data.dataset import Item, VideoDataset, content_hash, to_pixels
 from mutoscope.data.flying_mnist import Split
+from mutoscope.data.layouts import list_clips
+from mutoscope.data.npy import token_dtype
+from mutoscope.data.shards import Shards, ShardWriter, StoreError
 from mutoscope.data.store import (
     STATS_CLIPS,
     LatentStats,
     LatentStore,
     Manifest,
-    StoredClips,
-    StoredSplit,
-    Text,
-    transform_of,
+    StoredItem,
+    check_manifest,
+    read_items,
+    read_manifest,
+    text_key,
+    write_items,
+    write_manifest,
 )
-from mutoscope.randomness import Draw
-from mutoscope.recipe import Recipe
-from mutoscope.types import PIXELS, Batch, Cond, LatentSpec
-from mutoscope.weights import hash_weights
+from mutoscope.data.video import VideoError
+from mutoscope.encoder import Encoder, describe
+from mutoscope.recipe import Autoencoder, Data, Recipe
+from mutoscope.types import NO_LABEL
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Encoder:
-    """Clips <-> normalised latents or tokens, captions -> Cond. Frozen; never draws a gradient."""
-
-    def __init__(
-        self,
-        autoencoder: nn.Module | None = None,
-        *,
-        stats: LatentStats | None = None,
-        text: Callable[[list[str]], Cond] | None = None,
-        dtype: str = "fp32",
-        device: torch.device | str = "cpu",
-    ) -> None:
-        """autoencoder: None for pixels, which all methods then pass through. stats: of its latents; tokens and pixels
-        have none. text: the text encoder, None without. dtype: fp32, bf16 or fp16, which moments and embeddings are
-        rounded to, stored or not. device: where the work is done, and where results are."""
-        self.device = torch.device(device)
-        self.dtype = DTYPES[dtype]
-        self.autoencoder = None if autoencoder is None else autoencoder.to(self.device).eval().requires_grad_(False)
-        self.spec: LatentSpec = PIXELS if autoencoder is None else autoencoder.spec  # type: ignore[assignment]
-        self.stats = stats
-        self.embed = text
-
-    @torch.no_grad()
-    def moments(self, video: Float[Tensor, "b c t h w"]) -> Tensor:
-        """Pixels in [-1, 1] -> moments (b, c or 2c, t, h, w) in the storage dtype, or tokens, int64 (b, t, h, w)."""
-        if self.autoencoder is None:
-            return video
-        encoded = torch.cat([self.autoencoder.encode(clip) for clip in video.to(self.device).split(1)])  # type: ignore[operator]
-        return encoded if self.spec.vocab else encoded.to(self.dtype)
-
-    def latents(self, moments: Tensor, draw: Draw | None = None) -> Float[Tensor, "b c t h w"]:
-        """Moments -> normalised latents, float32: drawn from the posterior, or its mean where `draw` is None or the
-        moments are means alone. Raises ValueError without statistics."""
-        if self.autoencoder is None:
-            return moments
-        mean, std = self._stats()
-        moments = moments.to(self.device).float()
-        latents, logvar = moments[:, : self.spec.channels], moments[:, self.spec.channels :]
-        if draw is not None and logvar.shape[1]:
-            latents = latents + torch.exp(logvar / 2) * draw.normal(*latents.shape[1:])
-        return (latents - mean) / std
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Float[Tensor, "b c t h w"]:
-        """Normalised latents (b, c, t, h, w) or tokens (b, t, h, w) -> pixels in [-1, 1]."""
-        if self.autoencoder is None:
-            return latents.clamp(-1, 1)
-        if not self.spec.vocab:
-            mean, std = self._stats()
-            latents = latents.to(self.device).float() * std + mean
-        return self.autoencoder.decode(latents.to(self.device)).clamp(-1, 1)  # type: ignore[operator]
-
-    @torch.no_grad()
-    def text(self, captions: list[str]) -> Cond:
-        """Captions -> Cond, empty where there is no text encoder. One caption at a time, for the reason clips are."""
-        if self.embed is None:
-            return Cond()
-        cond = Cond.stack([self.embed([caption]) for caption in captions])
-        rounded = cond.text if cond.text is None else cond.text.to(self.dtype).float()
-        return replace(cond, text=rounded).to(self.device)
-
-    def batch(self, clips: Clips | StoredClips, draw: Draw | None = None) -> Batch:
-        """What an objective learns from, of clips as they come from files or from a store.
-
-        Where there is no autoencoder, `video` is set, and `latents` to the same tensor. Embeddings come from the store
-        if it has them.
-        """
-        if isinstance(clips, StoredClips):
-            moments = clips.moments.to(self.device)
-            stored = clips.cond.text is not None
-            cond = clips.cond.to(self.device) if stored else self.text(clips.captions)
-        else:
-            moments = self.moments(to_pixels(clips.video.to(self.device)))
-            cond = self.text(clips.captions)
-        cond = replace(cond, label=clips.labels.to(self.device))
-        batch = Batch(ids=clips.ids, samples=clips.samples, cond=cond)
-        if self.spec.vocab:
-            return replace(batch, tokens=moments)
-        latents = self.latents(moments, draw)
-        return replace(batch, latents=latents, video=latents if self.autoencoder is None else None)
-
-    def fit_stats(self, clips: Iterable[UInt8[Tensor, "t h w c"]]) -> None:
-        """Take the latents' statistics from clips: those that `mutoscope encode` takes, if these are its first
-        STATS_CLIPS train clips."""
-        moments = (self.moments(to_pixels(clip[None].to(self.device)))[0].cpu() for clip in clips)
-        self.stats = LatentStats.fit(moments, self.spec.channels)
-
-    def _stats(self) -> tuple[Tensor, Tensor]:
-        if self.stats is None:
-            raise ValueError("the latents' mean and standard deviation are not known: give stats, or call fit_stats")
-        shape = lambda values: torch.tensor(values, device=self.device).view(-1, 1, 1, 1)
-        return shape(self.stats.mean), shape(self.stats.std)
+Tell = Callable[[str | None], None]
+"""Called for every clip: with None when it is stored, with the reason when it could not be encoded."""
 
 
-class Source:
-    """A split of a recipe's data to train or validate on: clips from files, or what a store holds of them."""
+def encode(recipe: Recipe, out: Path, workers: int = 0, progress: bool = True, trust_code: bool = False) -> LatentStore:
+    """Encode the recipe's clips and captions into a store at `out`, from where an earlier call stopped.
 
-    def __init__(self, dataset: VideoDataset | StoredSplit, encoder: Encoder) -> None:
-        self.dataset, self.encoder = dataset, encoder
+    workers: processes that decode and encode clips, each with an autoencoder of its own; 0 works in this process.
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def loader(self, batches: Iterable[list[tuple[int, int]]], workers: int = 0) -> Iterator[Clips | StoredClips]:
-        """The clips of these batches of (index, place in the stream of samples), for `Encoder.batch`."""
-        if isinstance(self.dataset, VideoDataset):
-            return make_loader(self.dataset, batches, workers)
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=batches,
-            collate_fn=self.dataset.collate,
-            num_workers=workers,
-            multiprocessing_context="spawn" if workers else None,
-            generator=torch.Generator(),
-        )
-        return iter(loader)
-
-    def videos(self, indices: Sequence[int]) -> UInt8[Tensor, "n t h w c"]:
-        """These clips to look at. Of a store, which keeps no pixels, what the autoencoder makes of their latents."""
-        if isinstance(self.dataset, VideoDataset):
-            return torch.stack([self.dataset[i, i].video for i in indices])
-        clips = self.dataset.collate([self.dataset[i, i] for i in indices])
-        encoded = clips.moments if self.encoder.spec.vocab else self.encoder.latents(clips.moments)
-        return to_uint8(self.encoder.decode(encoded)).cpu()
-
-
-def open_source(recipe: Recipe, encoder: Encoder, split: Split) -> Source:
-    """The recipe's clips of a split, from its store if it names one.
-
-    Gives the encoder its statistics where it has none yet: the store's, or those of the train clips at hand.
-    Raises StoreError where the store was made by another autoencoder, transform or text encoder.
+    Raises ValueError where the recipe has nothing to encode, StoreError where `out` holds another store or another
+    process writes it, or, after all else is done, naming the clips that could not be encoded.
     """
-    if recipe.data.latents is not None:
-        store = LatentStore(recipe.data.latents)
-        store.check(describe(recipe, encoder))
-        encoder.stats = encoder.stats or store.manifest.stats
-        return Source(StoredSplit(store, split), encoder)
-    dataset = VideoDataset(recipe.data, split, recipe.seed)
-    if encoder.stats is None and encoder.autoencoder is not None and not encoder.spec.vocab:
-        train = dataset if split == "train" else VideoDataset(recipe.data, "train", recipe.seed)
-        encoder.fit_stats(train[i, i].video for i in range(min(len(train), STATS_CLIPS)))
-    return Source(dataset, encoder)
+    if recipe.autoencoder is None:
+        raise ValueError("recipe.autoencoder: none, the recipe trains on pixels; there is nothing to encode")
+    if recipe.data.window == "random":
+        raise ValueError("recipe.data.window: random takes other frames each time, but a clip is stored once; "
+                         "set it to first or all")  # fmt: skip
+    text = recipe.text.build() if recipe.text else None
+    autoencoder = load_autoencoder(recipe.autoencoder, trust_code=trust_code)
+    encoder = Encoder(autoencoder, text=text, dtype=recipe.autoencoder.dtype)
+    encoder.spec.latent_shape(recipe.data.frames, recipe.data.height, recipe.data.width)
+    with _locked(out), _Bar(progress) as bar:
+        manifest = _claim(out, describe(recipe, encoder))
+        del autoencoder, encoder  # loaded again when its turn comes, by whoever needs it
+        items = _plan(out, recipe.data, manifest, bar)
+        _encode_captions(out, manifest, items, Encoder(text=text, dtype=recipe.autoencoder.dtype), bar)
+        del text
+        job = Job(out, recipe.data, recipe.autoencoder, trust_code)
+        broken = _encode_clips(job, manifest, items, workers, bar)
+        if broken:
+            listed = "\n  ".join(broken[:20]) + ("\n  ..." if len(broken) > 20 else "")
+            raise StoreError(f"{out}: {len(broken)} of {len(items)} clips could not be encoded:\n  {listed}\n"
+                             "All others are stored. Mend or remove these and run the same command again.")  # fmt: skip
+        if manifest.kind == "latents" and manifest.stats is None:
+            shards = Shards(out / "video")
+            first = [item.key for item in items if item.split == "train"][:STATS_CLIPS]
+            stats = LatentStats.fit(map(shards.read, first), manifest.spec.channels)
+            write_manifest(out, replace(manifest, stats=stats))
+    return LatentStore(out)
 
 
-def describe(recipe: Recipe, encoder: Encoder) -> Manifest:
-    """The manifest of a new store of what `encoder` makes of the recipe's clips."""
-    if encoder.autoencoder is None:
-        raise ValueError("the recipe has no autoencoder: it trains on pixels, and there are no latents to store")
-    text = None
-    if recipe.text is not None:
-        embedded = encoder.text([""]).text
-        assert embedded is not None
-        text = Text(identity=recipe.text.identity, length=embedded.shape[1], dim=embedded.shape[2])
-    return Manifest(
-        kind="tokens" if encoder.spec.vocab else "latents",
-        autoencoder_hash=hash_weights(encoder.autoencoder),
-        spec=encoder.spec,
-        transform=transform_of(recipe.data),
-        dtype=str(encoder.dtype).removeprefix("torch."),
-        text=text,
-    )
+# ---- what there is to do
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
+        except BlockingIOError:
+            raise StoreError(f"{out}: another process is encoding into it") from None
+        yield
+
+
+def _claim(out: Path, asked: Manifest) -> Manifest:
+    """The manifest of the store that is there, if it fits, or the new one's. Text may be added to a store without."""
+    if (out / "manifest.json").exists():
+        manifest = read_manifest(out)
+        check_manifest(out, manifest, asked)
+        if manifest.text is None and asked.text is not None:
+            manifest = replace(manifest, text=asked.text)
+            write_manifest(out, manifest)
+        return manifest
+    if strange := sorted(p.name for p in out.iterdir() if not p.name.startswith(".")):
+        raise StoreError(f"{out}: holds other things ({', '.join(strange[:3])}) and no store; choose an empty folder")
+    write_manifest(out, asked)
+    return asked
+
+
+def _plan(out: Path, data: Data, manifest: Manifest, bar: _Bar) -> list[StoredItem]:
+    """The store's list of clips brought up to date: clips that it knows keep their places, new ones come behind."""
+    listed = [(split, item) for split in _splits(data) for item in VideoDataset(data, split, 0).items]
+    made_by = f"{manifest.autoencoder_hash} {manifest.dtype} {sorted(manifest.transform.items())}"
+    tell = bar.start("reading clips", len(listed))
+
+    def key_of(item: Item) -> str:
+        try:
+            content = content_hash(item.clip, item.window)
+        except VideoError as error:  # told when its turn comes
+            content = f"unreadable {item.id} {error}"
+        tell(None)
+        return xxhash.xxh3_128_hexdigest(f"{content} {made_by}".encode())
+
+    with ThreadPoolExecutor(8) as pool:
+        keys = list(pool.map(key_of, (item for _, item in listed)))
+    places = {item.key: item.place for item in read_items(out)}
+    following = count(max(places.values(), default=-1) + 1)
+    items = [
+        StoredItem(
+            id=item.id,
+            key=key,
+            place=places[key] if key in places else places.setdefault(key, next(following)),
+            split=split,
+            caption=item.clip.captions.get("caption", ""),
+            label=NO_LABEL if item.clip.label is None else item.clip.label,
+        )
+        for (split, item), key in zip(listed, keys, strict=True)
+    ]
+    write_items(out, items)
+    return items
+
+
+def _splits(data: Data) -> list[Split]:
+    return sorted({clip.split for clip in list_clips(data.root, data.layout, data.val_fraction)})
+
+
+# ---- captions
+
+
+def _encode_captions(out: Path, manifest: Manifest, items: list[StoredItem], encoder: Encoder, bar: _Bar) -> None:
+    """Append the embeddings of the captions that the store lacks, in the order of the clips."""
+    present = Shards(out / "text")
+    captions = [c for c in dict.fromkeys(item.caption for item in items) if text_key(c) not in present]
+    if manifest.text is None or not captions:
+        return
+    if encoder.embed is None:
+        raise StoreError(f"{out}: holds text by {manifest.text.identity}; the recipe has no text encoder to add "
+                         f"{len(captions)} captions with")  # fmt: skip
+    filled = Counter(record.shard for record in present.records.values())
+    tell = bar.start("encoding captions", len(captions))
+    for shard in count():
+        room = max(0, manifest.shard_items - filled[shard])
+        batch, captions = captions[:room], captions[room:]
+        if batch:
+            with ShardWriter(out / "text", shard) as writer:
+                for caption in batch:
+                    cond = encoder.text([caption])
+                    assert cond.text is not None and cond.text_mask is not None
+                    writer.append(text_key(caption), cond.text[0, cond.text_mask[0]].to(encoder.dtype))
+                    tell(None)
+        if not captions:
+            return
+
+
+# ---- clips
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker process has to know."""
+
+    out: Path
+    data: Data
+    autoencoder: Autoencoder
+    trust_code: bool
+
+
+def _encode_clips(job: Job, manifest: Manifest, items: list[StoredItem], workers: int, bar: _Bar) -> list[str]:
+    """Encode what the store lacks; returns why each clip that could not be encoded could not."""
+    present = Shards(job.out / "video")
+    shards: dict[int, list[StoredItem]] = {}
+    for item in sorted({item.key: item for item in items if item.key not in present}.values(), key=lambda i: i.place):
+        shards.setdefault(item.place // manifest.shard_items, []).append(item)
+    broken: list[str] = []
+    advance = bar.start("encoding clips", sum(map(len, shards.values())))
+
+    def tell(reason: str | None) -> None:
+        if reason is not None:
+            broken.append(reason)
+        advance(reason)
+
+    if shards and workers:
+        _in_processes(job, list(shards.items()), min(workers, len(shards)), tell)
+    elif shards:
+        encode_shards(job, shards.items(), "cuda" if torch.cuda.is_available() else "cpu", tell)
+    return sorted(broken)
+
+
+def encode_shards(job: Job, shards: Iterable[tuple[int, list[StoredItem]]], device: str, tell: Tell) -> None:
+    """Decode, encode and append the clips of some shards. Only this process may write them meanwhile."""
+    autoencoder = load_autoencoder(job.autoencoder, trust_code=job.trust_code)
+    encoder = Encoder(autoencoder, dtype=job.autoencoder.dtype, device=device)
+    stored_as = token_dtype(encoder.spec.vocab) if encoder.spec.vocab else encoder.dtype
+    data = replace(job.data, cache=False)
+    datasets = {split: VideoDataset(data, split, 0) for split in _splits(data)}
+    where = {item.id: (split, i) for split, dataset in datasets.items() for i, item in enumerate(dataset.items)}
+    for shard, items in shards:
+        with ShardWriter(job.out / "video", shard) as writer:
+            for item in items:
+                split, index = where[item.id]
+                try:
+                    clip = datasets[split][index, 0]
+                except VideoError as error:
+                    tell(str(error))
+                    continue
+                moments = encoder.moments(to_pixels(clip.video[None].to(encoder.device)))[0]
+                if moments.is_floating_point() and not moments.isfinite().all():
+                    tell(f"{item.id}: its latents are not finite in {job.autoencoder.dtype}; "
+                         "set autoencoder.dtype to fp32, or look at the clip")  # fmt: skip
+                    continue
+                writer.append(item.key, moments.to(stored_as))
+                tell(None)
+
+
+def _in_processes(job: Job, shards: list[tuple[int, list[StoredItem]]], workers: int, tell: Tell) -> None:
+    """`encode_shards` in spawned processes, every one on its share of the shards."""
+    context = multiprocessing.get_context("spawn")  # a fork would copy locks of torch's and CUDA's threads
+    threads = max(1, torch.get_num_threads() // workers)
+    processes = {}
+    try:
+        for rank in range(workers):
+            ours, theirs = context.Pipe(duplex=False)
+            device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+            process = context.Process(target=_work, args=(job, shards[rank::workers], device, threads, theirs))
+            process.start()
+            theirs.close()
+            processes[ours] = process
+        open_pipes = list(processes)
+        while open_pipes:
+            for pipe in connection.wait(open_pipes):
+                assert isinstance(pipe, connection.Connection)
+                try:
+                    message = pipe.recv()
+                except EOFError:
+                    open_pipes.remove(pipe)
+                    processes[pipe].join()
+                    if code := processes[pipe].exitcode:
+                        raise RuntimeError(f"a worker process ended with exit code {code}"
+                                           + (" (killed; out of memory?)" if code == -9 else "")) from None  # fmt: skip
+                    continue
+                if isinstance(message, Exception):
+                    raise message
+                tell(message)
+    finally:
+        for process in processes.values():
+            process.terminate()
+            process.join()
+
+
+def _work(
+    job: Job, shards: list[tuple[int, list[StoredItem]]], device: str, threads: int, pipe: connection.Connection
+) -> None:
+    """The life of a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the job is the one to act on it
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    try:
+        encode_shards(job, shards, device, pipe.send)
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        pipe.send(error)
+
+
+def _die_with_parent() -> None:
+    """A worker left behind by a kill of the job would go on writing shards that the resumed job takes up."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+class _Bar:
+    """One line of progress for each phase: how many of how many, how fast, and how long it will take."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+            console=Console(stderr=True), disable=not enabled,
+        )  # fmt: skip
+
+    def start(self, what: str, total: int) -> Tell:
+        """A new line; call what comes back once for each of `total`."""
+        task = self.progress.add_task(what, total=total, rate="", visible=total > 0)
+
+        def tell(reason: str | None) -> None:
+            self.progress.advance(task)
+            speed = self.progress.tasks[task].finished_speed or self.progress.tasks[task].speed
+            self.progress.update(task, rate="" if speed is None else f"{speed:.1f}/s")
+
+        return tell
+
+    def __enter__(self) -> _Bar:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry
 from mutoscope.build import model_io
 from mutoscope.data.dataset import Clips
 from mutoscope.data.store import LatentStats, StoredClips
-from mutoscope.encode import Encoder
+from mutoscope.encoder import Encoder
 from mutoscope.randomness import Draw
 from mutoscope.recipe import Recipe, load_recipe
 from mutoscope.training.ema import EMA

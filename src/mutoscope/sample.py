@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mutoscope.build import build_encoder, model_io
 from mutoscope.data.dataset import to_uint8
 from mutoscope.data.video import write_video
-from mutoscope.encode import Encoder
+from mutoscope.encoder import Encoder
 from mutoscope.objectives.diffusion import Diffusion
 from mutoscope.randomness import Draw
 from mutoscope.recipe import Recipe, validate

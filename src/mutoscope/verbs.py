@@ -130,7 +130,7 @@ class Encode(OnRecipe):
     """Processes, each with an autoencoder of its own; 0 works in this one."""
 
     def run(self, flags: Sequence[str]) -> None:
-        from mutoscope.encode_job import encode
+        from mutoscope.encode import encode
 
         recipe = self.load(flags)
         out = self.out or Path(recipe.data.latents or f"runs/{self.name}.latents")

@@ -6,6 +6,7 @@ carry a hash of their own tensors, and `load_strict` fails on every key that is 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,21 @@ def save_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str,
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as aside:
         save_file(unshared, aside, metadata={"format": "pt", **(metadata or {}), HASH: digest})
+        _sort_metadata(aside)
     return digest
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes its metadata in random order; the same weights should be the same file."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(ordered) > size:
+            raise ValueError(f"{path}: cannot put the metadata in order without moving the tensors")
+        file.seek(8)
+        file.write(ordered)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -330,14 +330,17 @@ def test_a_perfect_network_in_bf16_shows_nothing_but_its_own_rounding(objective:
     assert (loss.per_sample <= rounding).all()
 
 
-def test_stored_half_precision_latents_are_widened_first() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_latents_of_another_dtype_are_taken_to_fp32_first(dtype: torch.dtype) -> None:
     data = batch(4)
     assert data.latents is not None
-    halves = batch(4, latents=data.latents.bfloat16())
-    whole = batch(4, latents=data.latents.bfloat16().float())
-    objective = Diffusion()
-    a, b = (objective.loss(constant(0.0), x, Draw(0, "train", range(4))).per_sample for x in (halves, whole))
-    assert torch.equal(a, b)
+    stored = data.latents.to(dtype)
+    objective = Diffusion(prediction="x0")
+    a, b = (
+        objective.loss(constant(0.0), batch(4, latents=latents), Draw(0, "train", range(4)))
+        for latents in (stored, stored.float())
+    )
+    assert a.total.dtype == torch.float32 and torch.equal(a.per_sample, b.per_sample)
 
 
 # ---------------------------------------------------------------- conditions, draws, batches

@@ -25,17 +25,18 @@ def vqvae() -> Recipe:
 
     Source: minisora's README, train_vqvae.py --network_variant s8_b --n_codes 5120 --embedding_dim 4 --resolution 256
     --sequence_length 32 --low_utilization_cost 0.1 --commitment_cost 0.25 --lr 0.001 --epochs 150 (of 10,000 clips).
-    The seed's s8_b did not quantise (see autoencoders/presets.py); this one does. Its learning rate fell when the
-    validation loss stood still; here it falls along a cosine.
+    The seed's s8_b did not quantise (see autoencoders/presets.py); this one does, and reinitialises idle codes each
+    epoch, as the README suggests. The learning rate fell when the validation loss stood still; here along a cosine.
     Command: mutoscope train minisora.vqvae --out runs/vqvae
     Hardware and time: a GPU, with 3 GB; not timed. A CPU core takes 3.5 seconds per clip, a minute per step.
-    Expected result: the seed published no figures.
+    Expected result: nearly all codes used; the seed published no figures. On 1024 clips of 8×32×32, with 512 codes and
+    300 steps of 16, the last epoch used 97 % of them, and 11 % without reinitialisation.
     Status: untested
     """
     return Recipe(
         data=_FULL,
         model=preset("s8_b"),
-        objective=Reconstruction(low_utilization_cost=0.1),
+        objective=Reconstruction(low_utilization_cost=0.1, reinit_every_n_epochs=1),
         optim=Optim(lr=1e-3, schedule="cosine", final_lr=0.01),
         steps=93_750,
         batch_size=2,

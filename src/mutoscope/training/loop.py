@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from mutoscope.build import build_encoder, build_model
 from mutoscope.data.buckets import Batches, iterate_once
-from mutoscope.encode import Encoder, Source, open_source
+from mutoscope.encoder import Encoder, Source, open_source
 from mutoscope.pictures import write_grid
 from mutoscope.randomness import Draw, seed_of
 from mutoscope.recipe import Recipe, validate
