@@ -13,6 +13,7 @@ POSITIVE: Limits = {"exclusiveMinimum": 0}
 AT_LEAST_0: Limits = {"minimum": 0}
 AT_LEAST_1: Limits = {"minimum": 1}
 SHARE: Limits = {"minimum": 0, "exclusiveMaximum": 1}
+UP_TO_1: Limits = {"minimum": 0, "maximum": 1}
 
 LIMITS: dict[str, Limits] = {
     "steps": AT_LEAST_1,
@@ -33,7 +34,7 @@ LIMITS: dict[str, Limits] = {
     "data.workers": AT_LEAST_0,
     "sampler.steps": AT_LEAST_1,
     "sampler.guidance_scale": AT_LEAST_0,
-    "sampler.eta": AT_LEAST_0,
+    "sampler.eta": UP_TO_1,
     "optim.lr": POSITIVE,  # 0 trains nothing and says so nowhere
     "optim.betas": SHARE,
     "optim.eps": POSITIVE,

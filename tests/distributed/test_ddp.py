@@ -19,10 +19,15 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 FLAGS = ["--steps", "12", "--save-every", "3", "--sample-every", "0", "--validate-every", "6", "--log-every", "1"]
 
 
+PER_SAMPLE = ["--objective.low-utilization-cost", "0", "--objective.reinit-every-n-epochs", "0"]
+"""Without the terms that are over the codes of a batch, which are others for another batch."""
+
+
 def train(recipe: str, out: Path, batch_size: int, processes: int = 2) -> None:
     launcher = TORCHRUN if processes == 2 else [sys.executable]
     command = [*launcher, "-m", "mutoscope", "train", recipe, *FLAGS]
     command += ["--batch-size", str(batch_size), "--out", str(out)]
+    command += PER_SAMPLE if "vqvae" in recipe else []
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -2,7 +2,8 @@
 
 ``factorised`` is Latte's Variant 1 (arXiv:2401.03048 §3.2): blocks attend in turn within a frame and along time.
 ``joint`` lets every block attend to every position: better where a video has few of them. Time and class enter by
-adaLN-Zero (DiT, arXiv:2212.09748); captions by cross-attention, whose output is zero at the start too.
+adaLN-Zero (DiT, arXiv:2212.09748); captions by cross-attention, whose output is zero at the start too. Positions are
+fixed sinusoids of t, h and w side by side, added once (Latte adds its temporal ones before the second block).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from mutoscope.models.layers import MLP, Attention, TimeEmbedding, grid_sinusoid, modulate
 from mutoscope.recipe import ModelConfig
-from mutoscope.types import Cond, ModelIO
+from mutoscope.types import NO_LABEL, Cond, ModelIO
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class DiTModel(nn.Module):
         self.embed = nn.Linear(patch_dim, width)
         self.register_buffer("positions", grid_sinusoid(self.grid, width), persistent=False)  # (t, h·w, d)
         self.time = TimeEmbedding(width)
-        # The last row stands for "no label"; NO_LABEL = -1 picks it by indexing from the end.
+        # The last row stands for "no label".
         self.label = nn.Embedding(io.num_labels + 1, width) if io.num_labels else None
         self.blocks = nn.ModuleList(
             DiTBlock(config, io.text_dim, along=self._axis(config, i)) for i in range(config.depth)
@@ -101,8 +102,10 @@ class DiTModel(nn.Module):
     ) -> Float[Tensor, "b c t h w"]:
         x = self.embed(self._patchify(x)) + self.positions  # (b, t, n, d)
         c = self.time(time)
-        if self.label is not None and cond.label is not None:
-            c = c + self.label(cond.label % self.label.num_embeddings)
+        if self.label is not None:
+            null = self.label.num_embeddings - 1
+            label = cond.label if cond.label is not None else torch.full((len(x),), NO_LABEL, device=x.device)
+            c = c + self.label(torch.where(label == NO_LABEL, null, label))
         c = nn.functional.silu(c)
         for block in self.blocks:
             x = block(x, c, cond.text, cond.text_mask)

@@ -41,14 +41,13 @@ class Attention(nn.Module):
         k, v = (split(y) for y in self.key_value(x if context is None else context).chunk(2, dim=-1))
         q, k = norm(split(self.query(x)), self.query_scale), norm(k, self.key_scale)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        join = lambda y: self.out(y.transpose(1, 2).flatten(2))
         if mask is None:
-            y = scaled_dot_product_attention(q, k, v)
-        else:
-            # A softmax over nothing is NaN: rows without context see all of it, and are zeroed after.
-            some = mask.any(dim=-1)
-            y = scaled_dot_product_attention(q, k, v, (mask | ~some[:, None])[:, None, None])
-            y = y * some[:, None, None, None].to(y.dtype)
-        return self.out(y.transpose(1, 2).flatten(2))
+            return join(scaled_dot_product_attention(q, k, v))
+        # A softmax over nothing is NaN on some devices: rows without context see all of it, and are zeroed after.
+        some = mask.any(dim=-1)
+        y = join(scaled_dot_product_attention(q, k, v, (mask | ~some[:, None])[:, None, None]))
+        return y * some[:, None, None].to(y.dtype)
 
 
 def scaled_dot_product_attention(
@@ -57,8 +56,8 @@ def scaled_dot_product_attention(
     v: Float[Tensor, "b heads m d"],
     mask: Bool[Tensor, "b #heads #n m"] | None = None,
 ) -> Float[Tensor, "b heads n d"]:
-    """torch's, but in fp32 on CPUs, where the backward pass of its bf16 form takes three times as long."""
-    if q.device.type == "cpu" and q.dtype != torch.float32:
+    """torch's, but on CPUs in fp32 for bf16, whose backward pass takes three times as long there."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

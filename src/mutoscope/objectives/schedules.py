@@ -110,7 +110,8 @@ class DDPMSchedule:
 class EDMSchedule:
     """Karras et al.: noise added to unscaled data; log-normal in training, ρ-spaced in sampling (table 1)."""
 
-    log_sigma_mean: float = -1.2
+    log_sigma_mean: float = -1.2 + math.log(2)
+    """The paper's −1.2 is for data of standard deviation 0.5; ours has 1."""
     log_sigma_std: float = 1.2
     sigma_min: float = 0.002
     sigma_max: float = 80.0

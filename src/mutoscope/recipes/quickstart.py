@@ -34,11 +34,11 @@ def autoencoder() -> Recipe:
         ),
         objective=Reconstruction(),
         optim=Optim(lr=3e-3, schedule="cosine", warmup_steps=20),
-        steps=600,
+        steps=500,
         batch_size=32,
-        validate_every=200,
-        sample_every=600,
-        save_every=300,
+        validate_every=250,
+        sample_every=500,
+        save_every=500,
     )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def dit() -> Recipe:
         objective=Diffusion(),
         sampler=Sampler(steps=25, guidance_scale=2.0),
         optim=Optim(name="muon", lr=3e-3, betas=(0.9, 0.99), schedule="cosine", warmup_steps=50),
-        steps=2500,
+        steps=2000,
         batch_size=16,
         precision="bf16",
         ema=0.995,

@@ -93,10 +93,12 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
         _preview(recipe, run, engine, state, generator, sources["val"], due=True)
 
     # 3. Train
-    bad_steps = 0
+    bad_steps, first_step = 0, state.step
     while state.step < recipe.steps:
         lr = set_learning_rates(state.optimizers, recipe.optim, state.step, recipe.steps)
         losses, norm = _forward_backward(recipe, engine, state, trainee, encoder, clips)
+        if state.step == first_step:
+            _check_reached(model)
         finite = bool(norm.isfinite())  # the same on all processes: the norm is of the averaged gradients
         if finite:
             for optimizer in state.optimizers:
@@ -200,6 +202,13 @@ def _forward_backward(
         done.append((batch, loss))
     limit = recipe.optim.max_grad_norm or float("inf")
     return done, nn.utils.clip_grad_norm_(state.model.parameters(), limit)
+
+
+def _check_reached(model: nn.Module) -> None:
+    """Raise ValueError for parameters without a gradient: they would never train, and nothing would tell."""
+    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if idle:
+        raise ValueError(f"no gradient reaches these parameters; use them, or freeze them: {', '.join(idle[:10])}")
 
 
 def _mean_over_processes(losses: list[tuple[Batch, Loss]], engine: Engine) -> dict[str, float]:
