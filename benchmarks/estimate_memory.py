@@ -2,7 +2,7 @@
 
     python -m benchmarks.estimate_memory
 
-Each recipe is trained for real, by `mutoscope.training.loop.train`, for three steps in a fresh process, which has
+Each recipe is trained for real, by `mutoscope.training.loop.train`, for two steps in a fresh process, which has
 trained a step of one clip before so that libraries are loaded. On a CPU the measure is the growth of resident memory at its
 peak: it is what a machine runs out of, and holds all that the estimate leaves out, such as kernels' scratch space. glibc
 is told to give freed memory back at once, because what it would keep hangs on what ran before. On a GPU the measure is
@@ -34,7 +34,7 @@ from mutoscope.training.loop import train
 
 CLIPS = Data(root="flying-mnist://small", frames=16, height=64, width=64, num_labels=10)
 TINY = DiT(depth=2, width=32, heads=2, patch=(4, 16, 16))
-BASE = Recipe(data=CLIPS, model=TINY, objective=Diffusion(), steps=3, batch_size=1, validate_every=0, sample_every=0)
+BASE = Recipe(data=CLIPS, model=TINY, objective=Diffusion(), steps=2, batch_size=1, validate_every=0, sample_every=0)
 
 RECIPES = {
     "VQ-VAE, fp32": replace(BASE, model=preset("s4t4_b_vq"), objective=Reconstruction(), batch_size=12),

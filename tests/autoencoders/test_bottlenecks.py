@@ -45,6 +45,14 @@ def test_nearest_takes_the_first_of_equal_keys():
     assert nearest(keys[:10], keys).tolist() == list(range(10))
 
 
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_nearest_is_a_key_even_of_what_overflowed(value):
+    """The step is going to be skipped; it must get that far."""
+    queries = torch.zeros(3, 4)
+    queries[:, 0] = value
+    assert nearest(queries, randn(100, 4)).max() < 100
+
+
 def test_nearest_works_in_bounded_memory(monkeypatch):
     """No matrix of queries by keys: the largest product stays within a block, however many queries there are."""
     sizes, mm = [], torch.mm

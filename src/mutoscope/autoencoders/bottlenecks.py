@@ -64,7 +64,7 @@ def nearest(queries: Float[Tensor, "n d"], keys: Float[Tensor, "m d"]) -> Int[Te
         group = grouped.amin(2).argmin(1)
         within = grouped[torch.arange(len(rows), device=rows.device), group].argmin(1)
         found[start : start + block] = group * _GROUP + within
-    return found
+    return found.clamp_(max=len(keys) - 1)  # an infinite query is nearest to the padding (inf · 0)
 
 
 def codebook_usage(counts: Int[Tensor, "k"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:

@@ -57,7 +57,7 @@ def dit() -> Recipe:
         objective=Diffusion(),
         sampler=Sampler(steps=25, guidance_scale=2.0),
         optim=Optim(name="muon", lr=3e-3, betas=(0.9, 0.99), schedule="cosine", warmup_steps=50),
-        steps=2000,
+        steps=2300,
         batch_size=16,
         precision="bf16",
         ema=0.995,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -24,8 +25,14 @@ class StopFlag:
 
 @contextmanager
 def stopping_softly() -> Iterator[StopFlag]:
-    """Inside the block, the first SIGTERM or SIGINT sets the flag; the second acts as it would without us."""
+    """Inside the block, the first SIGTERM or SIGINT sets the flag; the second acts as it would without us.
+
+    Outside the main thread, which alone may handle signals, it does nothing.
+    """
     flag = StopFlag()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def note(number: int, frame: FrameType | None) -> None:
