@@ -2,11 +2,11 @@
 
     python -m benchmarks.estimate_memory
 
-Each recipe is trained for real, by `mutoscope.training.loop.train`, for two steps in a fresh process, which has
-trained a step of one clip before so that libraries are loaded. On a CPU the measure is the growth of resident memory at its
-peak: it is what a machine runs out of, and holds all that the estimate leaves out, such as kernels' scratch space. glibc
-is told to give freed memory back at once, because what it would keep hangs on what ran before. On a GPU the measure is
-`torch.cuda.max_memory_allocated`.
+Each recipe is trained for real, by `mutoscope.training.loop.train`, for two steps. On a CPU that is done in a fresh
+process that has trained a step of one clip before, so that libraries are loaded, and the measure is the growth of
+resident memory at its peak: it is what a machine runs out of, and holds all that the estimate leaves out, such as
+kernels' scratch space. glibc is told to give freed memory back at once, because what it would keep hangs on what ran
+before. On a GPU the measure is `torch.cuda.max_memory_allocated`.
 """
 
 from __future__ import annotations
@@ -62,21 +62,26 @@ def main() -> None:
         errors.append(estimated / measured - 1)
         rows.append([name, f"{estimated:.0f}", f"{measured:.0f}", f"{errors[-1]:+.1%}"])
     table(["training step", "estimate MiB", "measured MiB", "error"], rows)
-    where = "GPU" if torch.cuda.is_available() else "CPU"
-    worst = max(map(abs, errors))
-    print(f"estimate_memory: within {worst:.1%} of the measured peak ({len(errors)} recipes, {where})")
+    where = "a GPU" if torch.cuda.is_available() else "a CPU"
+    print(
+        f"estimate_memory: within {max(map(abs, errors)):.1%} of the measured peak on {where} ({len(errors)} recipes)"
+    )
 
 
 def measure(recipe: Recipe) -> float:
     """MiB that training this recipe takes at its peak."""
-    return peak_memory(training, recipe)
+    if not torch.cuda.is_available():
+        return peak_memory(training, recipe)
+    torch.cuda.reset_peak_memory_stats()
+    training(recipe)()
+    return torch.cuda.max_memory_allocated() / 2**20
 
 
 def training(recipe: Recipe) -> Callable[[], object]:
     """Training this recipe, after a step of one clip."""
     console.quiet = True
     run(replace(recipe, batch_size=1, accumulate=1, steps=1))
-    gc.collect()
+    gc.collect()  # of what that step leaves, so that it is not there to be used again
     return partial(run, recipe)
 
 

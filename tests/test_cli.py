@@ -203,7 +203,7 @@ class TestVerbs:
         assert len(list(Path("clips").rglob("*.mp4"))) == 3
 
     def test_demo(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        demo = replaced(monkeypatch, "mutoscope.recipes.quickstart.demo")
+        demo = replaced(monkeypatch, "mutoscope.demo.demo")
         main(["demo", "--out", "there"])
         demo.assert_called_once_with(Path("there"))
 
@@ -242,7 +242,7 @@ class TestMistakes:
             ("train mine.toml extra", "unexpected 'extra': fields are set as in --optim.lr 1e-4"),
             ("train mime.toml", "no such file: mime.toml"),
             ("trian mine.toml", "mutoscope trian: no such verb; did you mean train?"),
-            ("data", "mutoscope data: no such verb; there is data make flying-mnist"),
+            ("data", "mutoscope data: no such verb; there is data make flying-mnist, data import-npy, data export-npy"),
             ("show nothing.here",
              "nothing.here: no such recipe, file or run directory; `mutoscope recipes` lists them"),
         ],

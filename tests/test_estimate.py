@@ -1,14 +1,12 @@
-"""The estimate against what can be known otherwise: parameters by counting, FLOPs by hand, memory by torch's profiler."""
+"""The estimate against what is known otherwise: parameters by counting, FLOPs by hand, memory by torch's profiler."""
 
 from __future__ import annotations
 
-import gc
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from mutoscope.autoencoders.presets import preset
@@ -17,15 +15,12 @@ from mutoscope.estimate import describe, estimate
 from mutoscope.models.dit import DiT
 from mutoscope.objectives.diffusion import Diffusion
 from mutoscope.objectives.reconstruction import Reconstruction
-from mutoscope.randomness import Draw
-from mutoscope.recipe import Autoencoder, Data, Optim, Recipe, load_recipe
+from mutoscope.recipe import Autoencoder, Data, Optim, Recipe
 from mutoscope.text.encoders import HashedWords
-from mutoscope.training.ema import EMA
-from mutoscope.training.loop import TrainState, _forward_backward, _prepared
-from mutoscope.training.optimizers import build_optimizers
-from mutoscope.types import Batch, Cond
+from mutoscope.training.log import console
+from mutoscope.training.loop import train
 
-DATA = Data(root="flying-mnist://tiny", frames=4, height=32, width=32, num_labels=10)
+DATA = Data(root="flying-mnist://demo", frames=4, height=32, width=32, num_labels=10)
 MODEL = DiT(depth=2, width=64, heads=2, patch=(1, 4, 4))
 DIT = Recipe(data=DATA, model=MODEL, objective=Diffusion(), steps=2, batch_size=2)
 LENGTH, TEXT_DIM = 8, 16
@@ -104,3 +99,47 @@ def test_parts_that_can_be_counted() -> None:
     once = estimate(replace(recipe, accumulate=1))
     assert cost.flops_step == 3 * once.flops_step
     assert once.peak_parts.get("gradients", 0) < weights / 2
+
+
+MEASURED = {
+    "factorised": replace(DIT, model=replace(MODEL, width=128, depth=4), ema=0.9),
+    "joint, bf16, captions, checkpointing, Muon, micro-steps": replace(
+        CAPTIONED,
+        model=replace(MODEL, width=128, depth=4, attention="joint"),
+        optim=Optim(name="muon"),
+        precision="bf16",
+        activation_checkpointing=True,
+        accumulate=2,
+    ),
+    "vq": replace(VQ, batch_size=4),
+    "causal": replace(VQ, data=replace(DATA, frames=5, height=16, width=16), model=preset("causal_s8t4")),
+}
+
+
+@pytest.mark.parametrize("recipe", MEASURED.values(), ids=MEASURED.keys())
+def test_memory_is_what_training_allocates(recipe: Recipe, tmp_path, monkeypatch) -> None:
+    """Within 8 % of the peak of torch's allocator over a run of the real loop."""
+    monkeypatch.setattr(console, "quiet", True)
+    recipe = replace(recipe, validate_every=0, sample_every=0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        train(recipe, tmp_path / "run")
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    used = torch.tensor([event.nbytes() for event in events if event.name() == "[memory]"]).cumsum(0)
+    assert estimate(recipe).peak_bytes == pytest.approx(int(used.max()), rel=0.08)
+
+
+def test_describe_tells_what_a_reader_asks() -> None:
+    lines = describe(replace(DIT, model=replace(MODEL, depth=4), activation_checkpointing=True)).splitlines()
+    told = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
+    assert told["clip"] == "4 × 32 × 32 pixels -> 256 tokens"
+    assert told["memory"].endswith("at the peak of a training step (batch_size 2, fp32, activation checkpointing)")
+    assert {"parameters", "blocks", "weights", "optimizer", "activations", "disk", "FLOPs", "recomputed"} <= told.keys()
+    assert not any(line != line.rstrip() or "#" in line for line in lines)
+
+
+def test_the_estimate_leaves_no_trace() -> None:
+    """Neither in torch's generator nor in memory: a model of 50 GB is nothing to it."""
+    state = torch.get_rng_state()
+    cost = estimate(replace(DIT, model=DiT(depth=4, width=16_384, heads=64, patch=(1, 4, 4), attention="joint")))
+    assert cost.peak_bytes > 50e9
+    assert torch.equal(torch.get_rng_state(), state)

@@ -55,7 +55,7 @@ def _choices(kind: Kind) -> str:
 
 
 def _comment(text: str) -> str:
-    lines = [piece for line in text.splitlines() for piece in textwrap.wrap(line, 110) or [""]]
+    lines = [piece for line in text.splitlines() for piece in textwrap.wrap(line, 118) or [""]]
     return "\n".join(f"# {line}".rstrip() for line in lines)
 
 

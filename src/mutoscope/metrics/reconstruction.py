@@ -13,7 +13,8 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from mutoscope.autoencoders.bottlenecks import codebook_usage
 from mutoscope.types import Autoencoder
 
-_SSIM_WINDOW = 11
+SSIM_WINDOW = 11
+"""Side of the window in pixels; smaller frames have no SSIM."""
 
 
 def psnr(reconstruction: Float[Tensor, "b c t h w"], original: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b"]:
@@ -34,8 +35,8 @@ def ssim(reconstruction: Float[Tensor, "b c t h w"], original: Float[Tensor, "b 
     Raises ValueError for frames that the window does not fit in.
     """
     height, width = original.shape[3:]
-    if min(height, width) < _SSIM_WINDOW:
-        raise ValueError(f"ssim needs frames of {_SSIM_WINDOW} pixels or more either way, got {height}x{width}")
+    if min(height, width) < SSIM_WINDOW:
+        raise ValueError(f"ssim needs frames of {SSIM_WINDOW} pixels or more either way, got {height}x{width}")
     frames = [(video.float() + 1).div(2).transpose(1, 2).flatten(0, 1) for video in (reconstruction, original)]
     by_frame = structural_similarity_index_measure(frames[0], frames[1], data_range=1.0, reduction="none")
     return cast(Tensor, by_frame).reshape(len(original), -1).mean(1)

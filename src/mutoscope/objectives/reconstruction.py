@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mutoscope.autoencoders.bottlenecks import codebook_usage
 from mutoscope.autoencoders.conv import ConvAutoencoder, ConvAutoencoderModel, Reconstructed
-from mutoscope.metrics.reconstruction import ssim
+from mutoscope.metrics.reconstruction import SSIM_WINDOW, ssim
 from mutoscope.randomness import Draw
 from mutoscope.recipe import ObjectiveConfig
 from mutoscope.types import Batch, Loss
@@ -62,11 +62,14 @@ class Reconstruction(ObjectiveConfig):
         return self._loss(video, out)
 
     def validation_loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Loss:
-        """The same with nothing random: the posterior's mean, no noise on the latents. SSIM is among the parts."""
+        """The same with nothing random: the posterior's mean, no noise on the latents. SSIM is among the parts, but for
+        frames smaller than its window."""
         video = _video(batch)
         self._config(model)
         out = model(video)
         loss = self._loss(video, out)
+        if min(video.shape[-2:]) < SSIM_WINDOW:
+            return loss
         return replace(loss, parts=loss.parts | {"ssim": ssim(out.video.float(), video).mean()})
 
     def _config(self, model: nn.Module) -> ConvAutoencoder:
