@@ -94,11 +94,12 @@ class Run:
             yield
 
     def prepare(self, recipe: Recipe) -> None:
-        """Write the recipe and the environment, or check that the run that is there is of the same recipe.
+        """Write the recipe and the environment; where there is a checkpoint to resume from, check that it is of the
+        same recipe.
 
         Raises ValueError listing every field that differs and may not.
         """
-        if self.recipe_file.exists():
+        if self.recipe_file.exists() and any(self.checkpoints.glob("*")):
             # the classes of the new recipe are imported already; no file of the run's own is
             different = recipe_difference(load_toml(self.recipe_file, known=classes(recipe)), recipe)
             if different:

@@ -56,6 +56,39 @@ def test_gaussians_closed_form() -> None:
         assert frechet_distance(turn @ mean1, cov1, turn @ mean2, cov2) == pytest.approx(expected, rel=1e-6)
 
 
+def test_covariances_that_do_not_commute() -> None:
+    """Of 2 × 2 matrices, tr (Σ₁Σ₂)^½ = √(tr Σ₁Σ₂ + 2 √(det Σ₁ det Σ₂))."""
+    one = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
+    two = torch.tensor([[5.0, -2.0], [-2.0, 1.0]], dtype=torch.float64)
+    zero = torch.zeros(2, dtype=torch.float64)
+    cross = ((one @ two).trace() + 2 * (one.det() * two.det()).sqrt()).sqrt()
+    expected = float(one.trace() + two.trace() - 2 * cross)
+    assert frechet_distance(zero, one, zero, two) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(zero, two, zero, one) == pytest.approx(expected, rel=1e-12)
+
+
+def test_singular_covariances_keep_their_digits() -> None:
+    """Two sets that vary along different axes of very many: nothing cancels, and rounding must not seem to."""
+    generator = torch.Generator().manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(300, 300, generator=generator, dtype=torch.float64))[0]
+    one, two = (100 * part @ part.T for part in (axes[:, :30], axes[:, 30:60]))
+    zero = torch.zeros(300, dtype=torch.float64)
+    assert frechet_distance(zero, one, zero, two) == pytest.approx(6000, rel=1e-12)
+
+
+def test_features_far_from_zero_keep_their_covariance() -> None:
+    """Features of any network are welcome, also those that hardly vary about a large mean."""
+    generator = torch.Generator().manual_seed(0)
+    one, two = (torch.randint(0, 256, (30, 1, 2, 2, 3), generator=generator, dtype=torch.uint8) for _ in "ab")
+    distances = []
+    for offset in (0.0, 1e8):
+        metric = FrechetDistance(lambda videos, offset=offset: videos.flatten(1).double() / 255 + offset)  # type: ignore[misc]
+        metric.update(one, real=True)
+        metric.update(two, real=False)
+        distances.append(metric.compute())
+    assert distances[1] == pytest.approx(distances[0], rel=1e-5)
+
+
 def test_too_few_videos_are_refused() -> None:
     metric = FrechetDistance(random_conv_features(width=16))
     metric.update(clips(0, 2), real=True)
@@ -81,3 +114,6 @@ def test_i3d_is_fed_what_it_expects(tmp_path: Path) -> None:
     torch.testing.assert_close(features(white), torch.ones(2, 2))
     with pytest.raises(FileNotFoundError, match="i3d_torchscript"):
         i3d_features(tmp_path / "nowhere.pt")
+    (tmp_path / "other.pt").write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"other\.pt: not a TorchScript file"):
+        i3d_features(tmp_path / "other.pt")

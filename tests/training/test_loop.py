@@ -201,3 +201,10 @@ def test_init_from_starts_from_a_runs_weights_and_checks_them(tmp_path: Path) ->
             tiny(init_from=str(first.folder), model=DiT(depth=2, width=32, heads=2, patch=(2, 8, 8))),
             tmp_path / "third",
         )
+
+
+def test_a_start_that_failed_does_not_bind_the_folder(tmp_path: Path) -> None:
+    nowhere = replace(tiny().data, root=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="no such folder"):
+        train(tiny(data=nowhere), tmp_path / "run")
+    assert train(tiny(steps=1), tmp_path / "run").weights.exists()

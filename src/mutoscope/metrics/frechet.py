@@ -26,7 +26,7 @@ BATCH = 16
 class FrechetDistance:
     """Collects features of real and of drawn videos; the distance of the two sets so far.
 
-    Sums are double precision, so that neither the order nor the grouping of videos matters to the digits one reads.
+    All of it is double precision, so that neither the order nor the grouping of videos matters to the digits one reads.
     """
 
     def __init__(self, features: Features) -> None:
@@ -47,19 +47,23 @@ class FrechetDistance:
 
 
 class _Moments:
+    """Mean and covariance of vectors that come in parts (Chan, Golub and LeVeque 1979), each centred before it is
+    squared: sums of squares would lose the covariance of features that lie far from zero."""
+
     def __init__(self, width: int) -> None:
         self.count = 0
-        self.first = torch.zeros(width, dtype=torch.float64)
-        self.second = torch.zeros(width, width, dtype=torch.float64)
+        self.mean = torch.zeros(width, dtype=torch.float64)
+        self.scatter = torch.zeros(width, width, dtype=torch.float64)
 
     def add(self, values: Float64[Tensor, "b d"]) -> None:
-        self.count += len(values)
-        self.first += values.sum(0)
-        self.second += values.T @ values
+        total, mean = self.count + len(values), values.mean(0)
+        centred, apart = values - mean, mean - self.mean
+        self.scatter += centred.T @ centred + self.count * len(values) / total * apart.outer(apart)
+        self.mean += len(values) / total * apart
+        self.count = total
 
     def mean_and_covariance(self) -> tuple[Float64[Tensor, "d"], Float64[Tensor, "d d"]]:
-        mean = self.first / self.count
-        return mean, (self.second - self.count * mean.outer(mean)) / (self.count - 1)
+        return self.mean, self.scatter / (self.count - 1)
 
 
 def frechet_distance(
@@ -70,13 +74,19 @@ def frechet_distance(
 ) -> float:
     """The distance of two Gaussians; covariances may be singular, as those of fewer videos than features are.
 
-    tr (Σ₁Σ₂)^½ is the sum of the roots of the eigenvalues of the symmetric Σ₁^½ Σ₂ Σ₁^½.
+    With Σ = R·Rᵀ, tr (Σ₁Σ₂)^½ is the sum of the singular values of R₁ᵀR₂. (Or of the roots of the eigenvalues of
+    Σ₁^½ Σ₂ Σ₁^½; but the root of an eigenvalue that should be 0 is 1e-8, and singular covariances have hundreds.)
     """
-    values, vectors = torch.linalg.eigh(covariance1)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ covariance2 @ root).clamp(min=0).sqrt().sum()
+    cross = torch.linalg.svdvals(_root(covariance1).T @ _root(covariance2)).sum()
     distance = (mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * cross
     return max(float(distance), 0.0)
+
+
+def _root(covariance: Float64[Tensor, "d d"]) -> Float64[Tensor, "d d"]:
+    """R with R·Rᵀ = Σ; eigenvalues that are rounding errors are left out."""
+    values, vectors = torch.linalg.eigh(covariance)
+    rounding = len(values) * torch.finfo(values.dtype).eps * values.abs().amax()
+    return vectors * torch.where(values > rounding, values, 0.0).sqrt()
 
 
 def random_conv_features(seed: int = 0, width: int = 64) -> Features:
@@ -107,18 +117,24 @@ def random_conv_features(seed: int = 0, width: int = 64) -> Features:
 def i3d_features(path: str | Path, device: torch.device | str = "cpu") -> Features:
     """The 400 features of I3D that published FVDs are computed from, from the usual TorchScript file.
 
-    path: of ``i3d_torchscript.pt`` (as StyleGAN-V and others use it). TorchScript runs no Python.
-    Raises FileNotFoundError where there is no such file.
+    Frames are squashed to 224 × 224 without antialiasing, as published numbers have them.
+
+    path: of ``i3d_torchscript.pt`` (as StyleGAN-V and others use it). Its program is run, by TorchScript, which knows
+        no Python.
+    Raises FileNotFoundError where there is no such file, ValueError where it is none of TorchScript's.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; FVD needs i3d_torchscript.pt there")
-    network: nn.Module = torch.jit.load(str(path), map_location=device).eval()
+    try:
+        network: nn.Module = torch.jit.load(str(path), map_location=device).eval()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: not a TorchScript file: {str(error).splitlines()[0]}") from None
 
     @torch.no_grad()
     def features(videos: UInt8[Tensor, "b t h w 3"]) -> Float[Tensor, "b d"]:
         frames = videos.to(device).movedim(-1, 2).float() / 127.5 - 1  # (b, t, 3, h, w)
         b, t = frames.shape[:2]
-        frames = F.interpolate(frames.flatten(0, 1), size=(224, 224), mode="bilinear", antialias=True)
+        frames = F.interpolate(frames.flatten(0, 1), size=(224, 224), mode="bilinear")
         clips = frames.unflatten(0, (b, t)).transpose(1, 2)
         found: Tensor = network(clips, rescale=False, resize=False, return_features=True)
         return found
