@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import multiprocessing
-import os
-import signal
-import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -51,6 +48,7 @@ from mutoscope.data.video import VideoError
 from mutoscope.encoder import Encoder, describe
 from mutoscope.recipe import Autoencoder, Data, Recipe
 from mutoscope.types import NO_LABEL
+from mutoscope.workers import follow_parent
 
 Tell = Callable[[str | None], None]
 """Called for every clip: with None when it is stored, with the reason when it could not be encoded."""
@@ -286,22 +284,13 @@ def _work(
     job: Job, shards: list[tuple[int, list[StoredItem]]], device: str, threads: int, pipe: connection.Connection
 ) -> None:
     """The life of a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the job is the one to act on it
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    follow_parent()
     torch.set_num_threads(threads)
     try:
         encode_shards(job, shards, device, pipe.send)
     except Exception as error:
         error.add_note(traceback.format_exc())
         pipe.send(error)
-
-
-def _die_with_parent() -> None:
-    """A worker left behind by a kill of the job would go on writing shards that the resumed job takes up."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
 
 
 class _Bar:

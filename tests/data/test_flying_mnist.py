@@ -3,8 +3,11 @@
 import json
 import math
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -291,3 +294,24 @@ def test_the_preset_of_a_data_root(tmp_path):
     assert preset_of(tmp_path / "made") == replace(made, train=1, val=0)
     assert preset_of("flying-mnist://11k") == FAITHFUL
     assert preset_of(tmp_path) is None
+
+
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "clips")])
+    wait_for = time.monotonic() + 60
+    while len(list((tmp_path / "clips").glob("train/*.json"))) < 4 and time.monotonic() < wait_for:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    time.sleep(2)  # at most the clip in hand, a second's work, is finished
+    left = len(list((tmp_path / "clips" / "train").iterdir()))
+    time.sleep(2)
+    assert len(list((tmp_path / "clips" / "train").iterdir())) == left
+
+
+KILLED = """
+import sys
+from mutoscope.data.flying_mnist import make, preset_named
+if __name__ == "__main__":
+    make(sys.argv[1], preset_named("11k"), workers=2, progress=False)
+"""

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +35,7 @@ from mutoscope.data.digits import draw_digit
 from mutoscope.data.video import write_video
 from mutoscope.files import replacing
 from mutoscope.randomness import seed_of
+from mutoscope.workers import follow_parent
 
 VERSION = 1
 """Raised whenever a clip of the same preset, split and index would come out differently."""
@@ -368,10 +368,8 @@ def _write_clips(jobs: list[_Job], workers: int) -> Iterator[None]:
     if workers <= 1:
         yield from map(_write_clip, jobs)
         return
-    # Spawned, because a fork of a process with threads may hang. Ctrl-C is the parent's to handle: the workers finish
-    # the clips in hand and get no more.
-    ignore = (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=signal.signal, initargs=ignore) as pool:
+    # Spawned, because a fork of a process with threads may hang. On Ctrl-C the workers finish the clips in hand.
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=follow_parent) as pool:
         try:
             for at in range(0, len(jobs), 1024):  # A future for each of 110,000 clips at once would take memory.
                 yield from pool.map(_write_clip, jobs[at : at + 1024])
