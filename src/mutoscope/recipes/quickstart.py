@@ -87,19 +87,12 @@ def autoencoder_tiny() -> Recipe:
     Status: verified
     """
     return replace(
-        autoencoder(),
+        _in_seconds(autoencoder()),
         data=_TINY_CLIPS,
         model=ConvAutoencoder(
             network="patch", strides=(2, 4, 4), encoder_channels=(16,), decoder_channels=(16,), latent_channels=4,
             bounded=True, latent_noise=0.1,
         ),
-        steps=20,
-        batch_size=4,
-        log_every=5,
-        validate_every=10,
-        sample_every=10,
-        save_every=10,
-        num_samples=4,
     )  # fmt: skip
 
 
@@ -111,18 +104,11 @@ def dit_tiny() -> Recipe:
     Status: verified
     """
     return replace(
-        dit(),
+        _in_seconds(dit()),
         data=_TINY_CLIPS,
         autoencoder=None,
         model=DiT(depth=2, width=32, heads=2, patch=(2, 4, 4), attention="joint"),
         sampler=Sampler(steps=4, guidance_scale=2.0),
-        steps=20,
-        batch_size=4,
-        log_every=5,
-        validate_every=10,
-        sample_every=10,
-        save_every=10,
-        num_samples=4,
     )
 
 
@@ -134,3 +120,9 @@ def text_to_video_tiny() -> Recipe:
     Status: verified
     """
     return replace(dit_tiny(), text=HashedWords(width=16, max_length=8), data=replace(_TINY_CLIPS, num_labels=0))
+
+
+def _in_seconds(recipe: Recipe) -> Recipe:
+    return replace(
+        recipe, steps=20, batch_size=4, log_every=5, validate_every=10, sample_every=10, save_every=10, num_samples=4
+    )

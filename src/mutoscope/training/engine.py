@@ -84,6 +84,14 @@ class Engine:
         """Whether the flag is set on any process; all of them get the same answer."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0) if dist.is_initialized() else flag
 
+    def gather(self, texts: list[str]) -> list[str]:
+        """The texts of all processes, in the order of ranks."""
+        if not dist.is_initialized():
+            return texts
+        everyone: list[list[str]] = [[] for _ in range(self.world)]
+        dist.all_gather_object(everyone, texts)
+        return [text for texts in everyone for text in texts]
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if dist.is_initialized():

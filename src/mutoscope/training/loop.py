@@ -76,8 +76,10 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
     state = TrainState(model, build_optimizers(model, recipe.optim), EMA(model, recipe.ema) if recipe.ema else None)
     newest = newest_checkpoint(run.checkpoints, engine, log.say)
     if newest is not None:
-        state.load(newest)
+        clips_then = state.load(newest)
         log.say(f"resuming from {newest}")
+        if clips_then != len(sources["train"]):
+            log.say(f"the data has changed: {clips_then} train clips then, {len(sources['train'])} now")
     engine.check_in_sync(model)
     trainee = engine.wrap(_prepared(model, recipe))
     batches = Batches(size=len(sources["train"]), batch_size=recipe.batch_size, seed=recipe.seed,
@@ -104,7 +106,8 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
             for optimizer in state.optimizers:
                 optimizer.step()
         else:
-            log.say(f"step {state.step + 1}: the loss or its gradient is not finite; skipped. {_suspects(losses)}")
+            suspects = _suspects(losses, engine)
+            log.say(f"step {state.step + 1}: the loss or its gradient is not finite; skipped. {suspects}")
         recipe.objective.after_step(model, engine.sum, skipped=not finite)
         for optimizer in state.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -125,9 +128,10 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
         _validate(recipe, engine, state, sources["val"], encoder, log, due=last)
         _preview(recipe, run, engine, state, generator, sources["val"], due=last)
         if state.step % recipe.save_every == 0 or last or stopping:
-            save_checkpoint(run.checkpoints, state.step, state.tensors(), {"samples": state.samples}, engine)
+            numbers = {"samples": state.samples, "clips": len(sources["train"])}
+            save_checkpoint(run.checkpoints, state.step, state.tensors(), numbers, engine)
         if bad_steps >= recipe.optim.max_bad_steps:
-            raise RuntimeError(f"{bad_steps} steps in a row were not finite; stopped. {_suspects(losses)} "
+            raise RuntimeError(f"{bad_steps} steps in a row were not finite; stopped. {_suspects(losses, engine)} "
                                "Lower optim.lr, or look at these clips.")  # fmt: skip
         if stopping and not last:
             raise Stopped(stop.signal_number, f"stopped at step {state.step}; the same command goes on from there")
@@ -157,12 +161,13 @@ class TrainState:
         tree = {"model": self.model.state_dict(), "optimizer": optimizer["state"]}
         return tree | ({"ema": self.ema.averages} if self.ema is not None else {})
 
-    def load(self, path: Path) -> None:
-        """Become what a checkpoint holds."""
+    def load(self, path: Path) -> int:
+        """Become what a checkpoint holds. Returns the number of train clips that there were."""
         optimizer = get_optimizer_state_dict(self.model, self.optimizers)
         numbers = load_checkpoint(path, self.tensors() | {"optimizer": optimizer["state"]})
         set_optimizer_state_dict(self.model, self.optimizers, optimizer)
         self.step, self.samples = numbers["step"], numbers["samples"]
+        return numbers["clips"]
 
     def averaged(self) -> AbstractContextManager[None]:
         """The model carries the averaged weights inside the block, where there are any."""
@@ -217,8 +222,10 @@ def _mean_over_processes(losses: list[tuple[Batch, Loss]], engine: Engine) -> di
     return dict(zip(rows[0], engine.mean(stacked).tolist(), strict=True))
 
 
-def _suspects(losses: list[tuple[Batch, Loss]]) -> str:
+def _suspects(losses: list[tuple[Batch, Loss]], engine: Engine) -> str:
+    """The clips of this step, on any process, whose own loss is not finite."""
     bad = [i for batch, loss in losses for i, x in zip(batch.ids, loss.per_sample.tolist(), strict=True) if x - x != 0]
+    bad = engine.gather(bad)
     return f"Clips with a non-finite loss: {', '.join(bad)}." if bad else "No single clip's loss is to blame."
 
 
