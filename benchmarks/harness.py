@@ -23,10 +23,11 @@ def compare(
     for side in (ours, peer):
         if side is not None:
             side()
-    return [(_cpu_seconds(ours), _cpu_seconds(peer) if peer else float("nan")) for _ in range(repeats)]
+    return [(cpu_seconds(ours), cpu_seconds(peer) if peer else float("nan")) for _ in range(repeats)]
 
 
-def _cpu_seconds(run: Callable[[], object]) -> float:
+def cpu_seconds(run: Callable[[], object]) -> float:
+    """CPU time of this process while it calls `run`."""
     start = time.process_time()
     run()
     return time.process_time() - start

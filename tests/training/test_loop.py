@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -208,3 +209,48 @@ def test_a_start_that_failed_does_not_bind_the_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder"):
         train(tiny(data=nowhere), tmp_path / "run")
     assert train(tiny(steps=1), tmp_path / "run").weights.exists()
+
+
+class RecordingWandb(ModuleType):
+    """Stands in for the wandb package, which is optional."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.started: dict[str, object] = {}
+        self.logged: list[tuple[int, dict[str, float]]] = []
+        self.exit_code: int | None = None
+
+    def init(self, project: str, name: str, dir: Path, resume: str) -> RecordingWandb:
+        self.started = {"project": project, "name": name}
+        return self
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
+def test_wandb_gets_what_metrics_jsonl_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = RecordingWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run = train(tiny(steps=2, wandb="digits"), tmp_path / "run")
+    assert wandb.started == {"project": "digits", "name": "run"}
+    assert wandb.exit_code == 0
+    assert [step for step, _ in wandb.logged] == [line["step"] for line in run.metrics()]
+    assert [v.get("loss") for _, v in wandb.logged] == [line.get("loss") for line in run.metrics()]
+
+
+def test_wandb_that_is_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r'pip install "mutoscope\[wandb\]"'):
+        train(tiny(wandb="digits"), tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_compiled_training_is_training(tmp_path: Path) -> None:
+    plain = weights(train(tiny(steps=4), tmp_path / "plain"))
+    compiled = weights(train(tiny(steps=4, compile=True), tmp_path / "compiled"))
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-5)
