@@ -1,8 +1,9 @@
 """What a recipe will cost before it costs anything: parameters, memory and FLOPs of a training step.
 
 A training step is run on fake tensors (`FakeTensorMode`), which have shapes and no memory: a model that no machine
-could hold takes seconds on any. Every storage is counted while it lives. What no operator returns is left out: scratch
-space inside kernels, DDP's buckets, the interpreter and its libraries. The kernels are a CPU's, without compilation.
+could hold takes seconds on any. Every storage is counted while it lives. What no operator returns is left out (but for
+the copies that convolutions make): kernels' scratch space, DDP's buckets, the interpreter and its libraries. The
+operators are a CPU's, without compilation.
 `benchmarks/estimate_memory.py` compares the result with real training.
 """
 
