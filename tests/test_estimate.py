@@ -20,7 +20,7 @@ from mutoscope.text.encoders import HashedWords
 from mutoscope.training.log import console
 from mutoscope.training.loop import train
 
-DATA = Data(root="flying-mnist://demo", frames=4, height=32, width=32, num_labels=10)
+DATA = Data(root="flying-mnist://tiny", frames=4, height=32, width=32, num_labels=10)
 MODEL = DiT(depth=2, width=64, heads=2, patch=(1, 4, 4))
 DIT = Recipe(data=DATA, model=MODEL, objective=Diffusion(), steps=2, batch_size=2)
 LENGTH, TEXT_DIM = 8, 16
@@ -112,7 +112,7 @@ MEASURED = {
         accumulate=2,
     ),
     "vq": replace(VQ, batch_size=4),
-    "causal": replace(VQ, data=replace(DATA, frames=5, height=16, width=16), model=preset("causal_s8t4")),
+    "causal": replace(VQ, data=replace(DATA, frames=1), model=preset("causal_s8t4"), batch_size=4),
 }
 
 
