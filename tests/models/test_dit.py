@@ -197,10 +197,10 @@ def test_attention_against_its_formula() -> None:
 
     exact = copy.deepcopy(attention).double()
     assert isinstance(exact, Attention)
-    rms = lambda y: y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    norm = lambda y: (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
     q = exact.query(x.double()).reshape(2, 5, 4, 4)
     k, v = (y.reshape(2, 7, 4, 4) for y in exact.key_value(context.double()).split(16, -1))
-    q, k = rms(q) * exact.query_scale, rms(k) * exact.key_scale
+    q, k = norm(q) * exact.query_scale, norm(k) * exact.key_scale
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / 2  # √4
     weights = scores.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
     expected = exact.out(torch.einsum("bhij,bjhd->bihd", weights, v).flatten(2))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 class Attention(nn.Module):
     """Multi-head attention, of a sequence to itself or to a context (cross-attention).
 
-    Queries and keys are RMS-normalised per head ("QK-norm", arXiv:2302.05442), which keeps bf16 training stable at
-    high learning rates.
+    Queries and keys are normalised per head, with a scale and no bias ("QK-norm", arXiv:2302.05442 §2), which keeps
+    bf16 training stable at high learning rates. (By LayerNorm: torch has no fused RMSNorm on CPUs.)
     """
 
     def __init__(self, width: int, heads: int, context_width: int | None = None) -> None:
@@ -37,7 +37,7 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "b n d"]:
         """`mask` is True on the context tokens that may be seen; a row of all False yields zeros."""
         split = lambda y: y.unflatten(-1, (self.heads, -1))  # (b, n, d) -> (b, n, heads, head_dim)
-        norm = lambda y, scale: F.rms_norm(y, scale.shape, scale.to(y.dtype), eps=1e-6)
+        norm = lambda y, scale: F.layer_norm(y, scale.shape, scale.to(y.dtype), eps=1e-6)
         k, v = (split(y) for y in self.key_value(x if context is None else context).chunk(2, dim=-1))
         q, k = norm(split(self.query(x)), self.query_scale), norm(k, self.key_scale)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -35,7 +35,7 @@ from mutoscope.training.engine import Engine
 from mutoscope.training.log import Log
 from mutoscope.training.optimizers import build_optimizers, set_learning_rates
 from mutoscope.training.signals import StopFlag, Stopped, stopping_softly
-from mutoscope.types import Batch, Loss
+from mutoscope.types import Loss
 from mutoscope.weights import load_strict, read_weights, save_weights
 
 VALIDATION_CLIPS = 64
@@ -187,7 +187,7 @@ def _prepared(model: nn.Module, recipe: Recipe) -> nn.Module:
 
 def _forward_backward(
     recipe: Recipe, engine: Engine, state: TrainState, trainee: nn.Module, encoder: Encoder, clips: Iterator[Any]
-) -> tuple[list[tuple[Batch, Loss]], Tensor]:
+) -> tuple[list[tuple[list[str], Loss]], Tensor]:
     """The micro-steps of one optimizer step, and the clipped gradient's norm before clipping.
 
     Every micro-batch weighs alike and all have the same size, so the gradient is that of the mean over all samples.
@@ -204,7 +204,7 @@ def _forward_backward(
             with torch.autocast(engine.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
                 loss = recipe.objective.loss(trainee, batch, draw)
             (loss.total / recipe.accumulate).backward()
-        done.append((batch, loss))
+        done.append((batch.ids, replace(loss, total=loss.total.detach())))  # lets go of the batch and of the graph
     limit = recipe.optim.max_grad_norm or float("inf")
     return done, nn.utils.clip_grad_norm_(state.model.parameters(), limit)
 
@@ -216,15 +216,15 @@ def _check_reached(model: nn.Module) -> None:
         raise ValueError(f"no gradient reaches these parameters; use them, or freeze them: {', '.join(idle[:10])}")
 
 
-def _mean_over_processes(losses: list[tuple[Batch, Loss]], engine: Engine) -> dict[str, float]:
-    rows = [{"loss": loss.total.detach()} | loss.parts for _, loss in losses]
+def _mean_over_processes(losses: list[tuple[list[str], Loss]], engine: Engine) -> dict[str, float]:
+    rows = [{"loss": loss.total} | loss.parts for _, loss in losses]
     stacked = torch.stack([torch.stack([row[key].float() for row in rows]).mean() for key in rows[0]])
     return dict(zip(rows[0], engine.mean(stacked).tolist(), strict=True))
 
 
-def _suspects(losses: list[tuple[Batch, Loss]], engine: Engine) -> str:
+def _suspects(losses: list[tuple[list[str], Loss]], engine: Engine) -> str:
     """The clips of this step, on any process, whose own loss is not finite."""
-    bad = [i for batch, loss in losses for i, x in zip(batch.ids, loss.per_sample.tolist(), strict=True) if x - x != 0]
+    bad = [i for ids, loss in losses for i, x in zip(ids, loss.per_sample.tolist(), strict=True) if x - x != 0]
     bad = engine.gather(bad)
     return f"Clips with a non-finite loss: {', '.join(bad)}." if bad else "No single clip's loss is to blame."
 
