@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mutoscope.data.flying_mnist import make, preset_named
 from mutoscope.data.video import probe, read_frames
 from mutoscope.evaluate import evaluate_run
 from mutoscope.recipe import load_recipe
@@ -108,3 +109,14 @@ def test_the_report_is_whole_and_links_what_is_there(run: Run, autoencoder: Run,
     links = [part.split("'")[0] for part in text.replace("href='", "src='").split("src='")[1:]]
     assert links
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_glyph_metric_keeps_silent_about_clips_without_labels(tmp_path: Path) -> None:
+    make(tmp_path / "clips", preset_named("tiny"), workers=1, train=4, val=4, progress=False)
+    for label in (tmp_path / "clips").glob("*/*.json"):
+        label.unlink()
+    recipe = load_recipe("quickstart.text_to_video_tiny")
+    recipe = replace(recipe, steps=1, sample_every=0, data=replace(recipe.data, root=str(tmp_path / "clips")))
+    figures = evaluate_run(train(recipe, tmp_path / "run").folder, num=4)
+    assert "frechet_random_conv" in figures
+    assert "glyph_accuracy" not in figures
