@@ -74,8 +74,8 @@ def text_to_video() -> Recipe:
     Source: as quickstart.dit, with cross-attention to the words.
     Command: mutoscope train quickstart.text_to_video --data.root DIR_OF_MP4_WITH_TXT
     Hardware: 2 CPU cores, 5 minutes.
-    Expected result: on 4,000 clips of `mutoscope data make flying-mnist --preset demo`, all of 200 videos show the digit
-        of their caption (`mutoscope evaluate`).
+    Expected result: on 4,000 clips of `mutoscope data make flying-mnist --preset demo`, all of 200 videos show the
+        digit of their caption (`mutoscope evaluate`).
     Status: verified
     """
     return replace(dit(), text=HashedWords(), data=replace(CLIPS, num_labels=0))
