@@ -117,6 +117,7 @@ MEASURED = {
 }
 
 
+@pytest.mark.slow  # measures the whole process, so that it wants one to itself
 @pytest.mark.parametrize("recipe", MEASURED.values(), ids=MEASURED.keys())
 def test_memory_is_what_training_allocates(recipe: Recipe, tmp_path, monkeypatch) -> None:
     """Within 8 % of the peak of torch's allocator over a run of the real loop."""
