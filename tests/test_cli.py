@@ -242,7 +242,8 @@ class TestMistakes:
             ("train mine.toml extra", "unexpected 'extra': fields are set as in --optim.lr 1e-4"),
             ("train mime.toml", "no such file: mime.toml"),
             ("trian mine.toml", "mutoscope trian: no such verb; did you mean train?"),
-            ("data", "mutoscope data: no such verb; there is data make flying-mnist, data import-npy, data export-npy"),
+            ("data", "mutoscope data: no such verb; there is data make flying-mnist, data check, data stats, "
+             "data clip, data cuts, data import-npy, data export-npy"),
             ("show nothing.here",
              "nothing.here: no such recipe, file or run directory; `mutoscope recipes` lists them"),
         ],

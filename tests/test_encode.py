@@ -192,17 +192,20 @@ def test_killed_and_resumed_is_uninterrupted_and_nothing_is_redone(
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
-def test_a_broken_clip_is_named_after_the_others_are_stored(tmp_path: Path, encoded: list[int]) -> None:
+def test_broken_clips_are_named_and_left_out(
+    tmp_path: Path, encoded: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
     root = make_videos(tmp_path / "clips", [f"{i}" for i in range(8)])
     (tmp_path / "clips" / "3.mp4").write_bytes(b"not a video")
     (tmp_path / "clips" / "5.mp4").write_bytes(b"")
     recipe = make_recipe(tmp_path, root=root)
-    with pytest.raises(StoreError, match="2 of 8 clips could not be encoded") as caught:
-        encode(recipe, tmp_path / "store", progress=False)
+    with pytest.raises(ValueError, match=r"2 of 7 clips are broken, data\.max_broken=1") as caught:
+        encode(replace(recipe, data=replace(recipe.data, max_broken=1)), tmp_path / "store", progress=False)
     assert f"{root}/3.mp4" in str(caught.value) and f"{root}/5.mp4" in str(caught.value)
-    assert len(encoded) == 6
-    with pytest.raises(StoreError, match="not encoded yet"):
-        LatentStore(tmp_path / "store")
+    store = encode(recipe, tmp_path / "store", progress=False)
+    assert len(store) == len(encoded) == 6
+    told = "".join(capsys.readouterr().err.split())
+    assert f"{root}/3.mp4" in told and f"{root}/5.mp4" in told
     (tmp_path / "clips" / "3.mp4").unlink()
     (tmp_path / "clips" / "3.txt").unlink()
     shutil.copy(tmp_path / "clips" / "0.mp4", tmp_path / "clips" / "5.mp4")  # mended: one content under two ids
@@ -210,7 +213,7 @@ def test_a_broken_clip_is_named_after_the_others_are_stored(tmp_path: Path, enco
     assert len(store) == 7 and len(encoded) == 6
     where = {item.id: index for index, item in enumerate(store.items)}
     assert torch.equal(store.read(where["5"]).moments, store.read(where["0"]).moments)
-    assert store.read(where["5"]).caption == "video 5" and store.read(where["5"]).label == NO_LABEL
+    assert store.read(where["5"]).captions == [(1.0, ("video 5",))] and store.read(where["5"]).label == NO_LABEL
 
 
 def test_clips_that_come_later_are_appended(tmp_path: Path, encoded: list[int]) -> None:
@@ -227,7 +230,7 @@ def test_clips_that_come_later_are_appended(tmp_path: Path, encoded: list[int]) 
         assert after[name].startswith(before[name]) and len(after[name]) > len(before[name])
     old, new = ({clip.id: clip for clip in map(s.read, range(len(s)))} for s in (first, store))
     assert all(torch.equal(new[name].moments, clip.moments) for name, clip in old.items())
-    assert new["d"].caption == "another caption"
+    assert new["d"].captions == [(1.0, ("another caption",))]
     assert store.text("another caption").shape == (2, 8)
     assert store.manifest.stats == first.manifest.stats  # frozen: models were trained on it
 
@@ -257,7 +260,8 @@ def test_windows_are_clips_in_the_order_of_training_from_files(tmp_path: Path) -
 def test_latents_that_overflow_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = make_recipe(tmp_path)
     assert recipe.autoencoder is not None
-    recipe = replace(recipe, autoencoder=replace(recipe.autoencoder, dtype="fp16"))
+    recipe = replace(recipe, autoencoder=replace(recipe.autoencoder, dtype="fp16"),
+                     data=replace(recipe.data, max_broken=0))  # fmt: skip
     moments, calls = Encoder.moments, iter(range(100))
     scale = lambda: 1e6 if next(calls) == 9 else 1.0
     monkeypatch.setattr(Encoder, "moments", lambda self, video: (moments(self, video).float() * scale()).half())

@@ -50,6 +50,7 @@ def model_io(recipe: Recipe, spec: LatentSpec | None = None) -> ModelIO:
     return ModelIO(
         channels=spec.channels,
         grid=spec.latent_shape(data.frames, data.height, data.width),
+        more_grids=tuple(spec.latent_shape(b.frames, b.height, b.width) for b in data.buckets),
         vocab=spec.vocab,
         text_dim=recipe.text.dim if recipe.text else None,
         num_labels=data.num_labels,

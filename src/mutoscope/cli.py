@@ -66,7 +66,9 @@ def _help(words: list[str]) -> None:
     if words and words[0] not in ("-h", "--help"):
         longer = [v for v in VERBS if v.startswith(f"{words[0]} ")]
         typed, known = " ".join(words[: 2 if longer else 1]), ", ".join(longer or VERBS)
-        raise ConfigError(f"mutoscope {typed}: no such verb{did_you_mean(typed, VERBS, f'; there is {known}')}")
+        listed = f"; there is {known}"
+        hint = listed if longer and len(words) == 1 else did_you_mean(typed, VERBS, listed)
+        raise ConfigError(f"mutoscope {typed}: no such verb{hint}")
     print("usage: mutoscope VERB ...\n\nTrain, post-train and sample video generation models.\n")
     for verb, kind in VERBS.items():
         print(f"  {verb:{max(map(len, VERBS))}}  {_docstring(kind).splitlines()[0]}")

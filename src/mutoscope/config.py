@@ -150,6 +150,8 @@ def _node(config: Any, path: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    if is_dataclass(value):  # in a list, a part is never open
+        return _node(value, type(value).__name__)
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
@@ -303,6 +305,15 @@ def _fits(kind: Kind, value: Any) -> bool:
     return type(value) is kind
 
 
+def _read_part(cls: type, word: str) -> Any:
+    """A part of a list, typed as name=value,name=value; any other text stays text."""
+    pairs = [pair.partition("=") for pair in word.split(",")]
+    if not all(equals for _, equals, _ in pairs):
+        return word
+    known = kinds(cls)
+    return {name: read_words(known[name], (text,)) if name in known else text for name, _, text in pairs}
+
+
 def read_words(kind: Kind, words: tuple[str, ...]) -> Any:
     """The plain value that words typed for a field mean; those that fit nothing stay text, for the reader to refuse."""
     members, nullable = options(kind)
@@ -318,6 +329,8 @@ def read_words(kind: Kind, words: tuple[str, ...]) -> Any:
         if len(words) != 1:
             continue
         value: Any = words[0]
+        if _is_part(member):
+            return _read_part(member, words[0])
         if get_origin(member) is Literal:
             value = next((choice for choice in get_args(member) if str(choice) == value), value)
         elif member is bool:

@@ -22,13 +22,12 @@ from pathlib import Path
 
 import torch
 import xxhash
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mutoscope.autoencoders.pretrained import load_autoencoder
-from mutoscope.data.dataset import Item, VideoDataset, content_hash, to_pixels
+from mutoscope.data.captions import variants
+from mutoscope.data.dataset import Item, VideoDataset, content_hash, read_item, to_pixels
 from mutoscope.data.flying_mnist import Split
-from mutoscope.data.layouts import list_clips
+from mutoscope.data.layouts import list_data
 from mutoscope.data.npy import token_dtype
 from mutoscope.data.shards import Shards, ShardWriter, StoreError
 from mutoscope.data.store import (
@@ -37,6 +36,7 @@ from mutoscope.data.store import (
     LatentStore,
     Manifest,
     StoredItem,
+    all_captions,
     check_manifest,
     read_items,
     read_manifest,
@@ -46,12 +46,26 @@ from mutoscope.data.store import (
 )
 from mutoscope.data.video import VideoError
 from mutoscope.encoder import Encoder, describe
-from mutoscope.recipe import Autoencoder, Data, Recipe
+from mutoscope.errors import ConfigError, listed
+from mutoscope.progress import Bars
+from mutoscope.recipe import Autoencoder, Data, Recipe, stored_once
 from mutoscope.types import NO_LABEL
 from mutoscope.workers import follow_parent
 
-Tell = Callable[[str | None], None]
-"""Called for every clip: with None when it is stored, with the reason when it could not be encoded."""
+Work = list[tuple[StoredItem, Item]]
+"""Clips to encode."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A clip that could not be encoded."""
+
+    key: str
+    reason: str
+
+
+Tell = Callable[[Failure | None], None]
+"""Called for every clip: with None when it is stored."""
 
 
 def encode(recipe: Recipe, out: Path, workers: int = 0, progress: bool = True, trust_code: bool = False) -> LatentStore:
@@ -64,25 +78,30 @@ def encode(recipe: Recipe, out: Path, workers: int = 0, progress: bool = True, t
     """
     if recipe.autoencoder is None:
         raise ValueError("recipe.autoencoder: none, the recipe trains on pixels; there is nothing to encode")
-    if recipe.data.window == "random":
-        raise ValueError("recipe.data.window: random takes other frames each time, but a clip is stored once; "
-                         "set it to first or all")  # fmt: skip
+    if problems := list(stored_once(recipe.data)):
+        raise ConfigError(*problems)
     text = recipe.text.build() if recipe.text else None
     autoencoder = load_autoencoder(recipe.autoencoder, trust_code=trust_code)
     encoder = Encoder(autoencoder, text=text, dtype=recipe.autoencoder.dtype)
-    encoder.spec.latent_shape(recipe.data.frames, recipe.data.height, recipe.data.width)
-    with _locked(out), _Bar(progress) as bar:
+    for shape in recipe.data.shapes(recipe.batch_size):
+        encoder.spec.latent_shape(shape.frames, shape.height, shape.width)
+    with _locked(out), Bars(progress) as bar:
         manifest = _claim(out, describe(recipe, encoder))
         del autoencoder, encoder  # loaded again when its turn comes, by whoever needs it
-        items = _plan(out, recipe.data, manifest, bar)
+        found = _list(recipe.data, bar)
+        items = _plan(out, recipe.data, found, manifest, bar)
         _encode_captions(out, manifest, items, Encoder(text=text, dtype=recipe.autoencoder.dtype), bar)
         del text
         job = Job(out, recipe.data, recipe.autoencoder, trust_code)
-        broken = _encode_clips(job, manifest, items, workers, bar)
+        broken = _encode_clips(job, manifest, list(zip(items, (i for _, i in found), strict=True)), workers, bar)
         if broken:
-            listed = "\n  ".join(broken[:20]) + ("\n  ..." if len(broken) > 20 else "")
-            raise StoreError(f"{out}: {len(broken)} of {len(items)} clips could not be encoded:\n  {listed}\n"
-                             "All others are stored. Mend or remove these and run the same command again.")  # fmt: skip
+            if len(broken) > recipe.data.max_broken:
+                raise StoreError(f"{out}: {len(broken)} of {len(items)} clips could not be encoded, "
+                                 f"data.max_broken={recipe.data.max_broken} may be:{listed(broken.values())}\n"
+                                 "All others are stored. Mend or remove these, and run the same again.")  # fmt: skip
+            bar.say(f"{len(broken)} clips could not be encoded and are left out:{listed(broken.values())}")
+            items = [item for item in items if item.key not in broken]
+            write_items(out, items)
         if manifest.kind == "latents" and manifest.stats is None:
             shards = Shards(out / "video")
             first = [item.key for item in items if item.split == "train"][:STATS_CLIPS]
@@ -120,22 +139,32 @@ def _claim(out: Path, asked: Manifest) -> Manifest:
     return asked
 
 
-def _plan(out: Path, data: Data, manifest: Manifest, bar: _Bar) -> list[StoredItem]:
+def _list(data: Data, bar: Bars) -> list[tuple[Split, Item]]:
+    """The items of all splits, in the order of training."""
+    splits = Counter(clip.split for clip in list_data(data))
+    tell = bar.start("looking at clips", splits.total())
+    datasets = {split: VideoDataset(data, split, 0, tell) for split in sorted(splits)}
+    for dataset in datasets.values():
+        for line in dataset.report():
+            bar.say(line)
+    return [(split, item) for split, dataset in datasets.items() for item in dataset.items]
+
+
+def _plan(out: Path, data: Data, found: list[tuple[Split, Item]], manifest: Manifest, bar: Bars) -> list[StoredItem]:
     """The store's list of clips brought up to date: clips that it knows keep their places, new ones come behind."""
-    listed = [(split, item) for split in _splits(data) for item in VideoDataset(data, split, 0).items]
     made_by = f"{manifest.autoencoder_hash} {manifest.dtype} {sorted(manifest.transform.items())}"
-    tell = bar.start("reading clips", len(listed))
+    tell = bar.start("reading clips", len(found))
 
     def key_of(item: Item) -> str:
         try:
             content = content_hash(item.clip, item.window)
         except VideoError as error:  # told when its turn comes
             content = f"unreadable {item.id} {error}"
-        tell(None)
+        tell()
         return xxhash.xxh3_128_hexdigest(f"{content} {made_by}".encode())
 
     with ThreadPoolExecutor(8) as pool:
-        keys = list(pool.map(key_of, (item for _, item in listed)))
+        keys = list(pool.map(key_of, (item for _, item in found)))
     places = {item.key: item.place for item in read_items(out)}
     following = count(max(places.values(), default=-1) + 1)
     items = [
@@ -144,26 +173,24 @@ def _plan(out: Path, data: Data, manifest: Manifest, bar: _Bar) -> list[StoredIt
             key=key,
             place=places[key] if key in places else places.setdefault(key, next(following)),
             split=split,
-            caption=item.clip.captions.get("caption", ""),
+            captions=variants(item.clip, data),
             label=NO_LABEL if item.clip.label is None else item.clip.label,
+            bucket=item.bucket,
+            set=item.clip.set,
         )
-        for (split, item), key in zip(listed, keys, strict=True)
+        for (split, item), key in zip(found, keys, strict=True)
     ]
     write_items(out, items)
     return items
 
 
-def _splits(data: Data) -> list[Split]:
-    return sorted({clip.split for clip in list_clips(data.root, data.layout, data.val_fraction)})
-
-
 # ---- captions
 
 
-def _encode_captions(out: Path, manifest: Manifest, items: list[StoredItem], encoder: Encoder, bar: _Bar) -> None:
+def _encode_captions(out: Path, manifest: Manifest, items: list[StoredItem], encoder: Encoder, bar: Bars) -> None:
     """Append the embeddings of the captions that the store lacks, in the order of the clips."""
     present = Shards(out / "text")
-    captions = [c for c in dict.fromkeys(item.caption for item in items) if text_key(c) not in present]
+    captions = [c for c in dict.fromkeys(all_captions(items)) if text_key(c) not in present]
     if manifest.text is None or not captions:
         return
     if encoder.embed is None:
@@ -180,7 +207,7 @@ def _encode_captions(out: Path, manifest: Manifest, items: list[StoredItem], enc
                     cond = encoder.text([caption])
                     assert cond.text is not None and cond.text_mask is not None
                     writer.append(text_key(caption), cond.text[0, cond.text_mask[0]].to(encoder.dtype))
-                    tell(None)
+                    tell()
         if not captions:
             return
 
@@ -198,54 +225,52 @@ class Job:
     trust_code: bool
 
 
-def _encode_clips(job: Job, manifest: Manifest, items: list[StoredItem], workers: int, bar: _Bar) -> list[str]:
-    """Encode what the store lacks; returns why each clip that could not be encoded could not."""
+def _encode_clips(job: Job, manifest: Manifest, work: Work, workers: int, bar: Bars) -> dict[str, str]:
+    """Encode what the store lacks; returns why each clip that could not be encoded could not, by key."""
     present = Shards(job.out / "video")
-    shards: dict[int, list[StoredItem]] = {}
-    for item in sorted({item.key: item for item in items if item.key not in present}.values(), key=lambda i: i.place):
-        shards.setdefault(item.place // manifest.shard_items, []).append(item)
-    broken: list[str] = []
-    advance = bar.start("encoding clips", sum(map(len, shards.values())))
+    shards: dict[int, Work] = {}
+    missing = {stored.key: (stored, item) for stored, item in work if stored.key not in present}
+    for stored, item in sorted(missing.values(), key=lambda pair: pair[0].place):
+        shards.setdefault(stored.place // manifest.shard_items, []).append((stored, item))
+    broken: dict[str, str] = {}
+    advance = bar.start("encoding clips", len(missing))
 
-    def tell(reason: str | None) -> None:
-        if reason is not None:
-            broken.append(reason)
-        advance(reason)
+    def tell(failure: Failure | None) -> None:
+        if failure is not None:
+            broken[failure.key] = failure.reason
+        advance()
 
     if shards and workers:
         _in_processes(job, list(shards.items()), min(workers, len(shards)), tell)
     elif shards:
         encode_shards(job, shards.items(), "cuda" if torch.cuda.is_available() else "cpu", tell)
-    return sorted(broken)
+    return broken
 
 
-def encode_shards(job: Job, shards: Iterable[tuple[int, list[StoredItem]]], device: str, tell: Tell) -> None:
+def encode_shards(job: Job, shards: Iterable[tuple[int, Work]], device: str, tell: Tell) -> None:
     """Decode, encode and append the clips of some shards. Only this process may write them meanwhile."""
     autoencoder = load_autoencoder(job.autoencoder, trust_code=job.trust_code)
     encoder = Encoder(autoencoder, dtype=job.autoencoder.dtype, device=device)
     stored_as = token_dtype(encoder.spec.vocab) if encoder.spec.vocab else encoder.dtype
-    data = replace(job.data, cache=False)
-    datasets = {split: VideoDataset(data, split, 0) for split in _splits(data)}
-    where = {item.id: (split, i) for split, dataset in datasets.items() for i, item in enumerate(dataset.items)}
-    for shard, items in shards:
+    for shard, work in shards:
         with ShardWriter(job.out / "video", shard) as writer:
-            for item in items:
-                split, index = where[item.id]
+            for stored, item in work:
                 try:
-                    clip = datasets[split][index, 0]
+                    video = read_item(item, job.data, 0, 0, augment=False)
                 except VideoError as error:
-                    tell(str(error))
+                    tell(Failure(stored.key, str(error)))
                     continue
-                moments = encoder.moments(to_pixels(clip.video[None].to(encoder.device)))[0]
+                moments = encoder.moments(to_pixels(video[None].to(encoder.device)))[0]
                 if moments.is_floating_point() and not moments.isfinite().all():
-                    tell(f"{item.id}: its latents are not finite in {job.autoencoder.dtype}; "
-                         "set autoencoder.dtype to fp32, or look at the clip")  # fmt: skip
+                    reason = (f"{item.id}: its latents are not finite in {job.autoencoder.dtype}; "
+                              "set autoencoder.dtype to fp32, or look at the clip")  # fmt: skip
+                    tell(Failure(stored.key, reason))
                     continue
-                writer.append(item.key, moments.to(stored_as))
+                writer.append(stored.key, moments.to(stored_as))
                 tell(None)
 
 
-def _in_processes(job: Job, shards: list[tuple[int, list[StoredItem]]], workers: int, tell: Tell) -> None:
+def _in_processes(job: Job, shards: list[tuple[int, Work]], workers: int, tell: Tell) -> None:
     """`encode_shards` in spawned processes, every one on its share of the shards."""
     context = multiprocessing.get_context("spawn")  # a fork would copy locks of torch's and CUDA's threads
     threads = max(1, torch.get_num_threads() // workers)
@@ -280,9 +305,7 @@ def _in_processes(job: Job, shards: list[tuple[int, list[StoredItem]]], workers:
             process.join()
 
 
-def _work(
-    job: Job, shards: list[tuple[int, list[StoredItem]]], device: str, threads: int, pipe: connection.Connection
-) -> None:
+def _work(job: Job, shards: list[tuple[int, Work]], device: str, threads: int, pipe: connection.Connection) -> None:
     """The life of a worker process."""
     follow_parent()
     torch.set_num_threads(threads)
@@ -291,32 +314,3 @@ def _work(
     except Exception as error:
         error.add_note(traceback.format_exc())
         pipe.send(error)
-
-
-class _Bar:
-    """One line of progress for each phase: how many of how many, how fast, and how long it will take."""
-
-    def __init__(self, enabled: bool) -> None:
-        self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
-            console=Console(stderr=True), disable=not enabled,
-        )  # fmt: skip
-
-    def start(self, what: str, total: int) -> Tell:
-        """A new line; call what comes back once for each of `total`."""
-        task = self.progress.add_task(what, total=total, rate="", visible=total > 0)
-
-        def tell(reason: str | None) -> None:
-            self.progress.advance(task)
-            speed = self.progress.tasks[task].finished_speed or self.progress.tasks[task].speed
-            self.progress.update(task, rate="" if speed is None else f"{speed:.1f}/s")
-
-        return tell
-
-    def __enter__(self) -> _Bar:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.progress.stop()

@@ -17,6 +17,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from mutoscope.data.buckets import Pool, make_pools
 from mutoscope.data.dataset import Clips, VideoDataset, make_loader, to_pixels, to_uint8
 from mutoscope.data.flying_mnist import Split
 from mutoscope.data.store import (
@@ -140,6 +141,19 @@ class Source:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def groups(self) -> list[int]:
+        """The bucket of each clip."""
+        return self.dataset.groups
+
+    def report(self) -> list[str]:
+        """What became of the clips, where that is worth a word: lines."""
+        return self.dataset.report() if isinstance(self.dataset, VideoDataset) else []
+
+    def pools(self, recipe: Recipe) -> tuple[Pool, ...]:
+        """The clips by bucket, as training goes through them."""
+        return make_pools(self.dataset.groups, self.dataset.sets, recipe.data, recipe.batch_size)
+
     def loader(self, batches: Iterable[list[tuple[int, int]]], workers: int = 0) -> Iterator[Clips | StoredClips]:
         """The clips of these batches of (index, place in the stream of samples), for `Encoder.batch`."""
         if isinstance(self.dataset, VideoDataset):
@@ -155,9 +169,10 @@ class Source:
         return iter(loader)
 
     def videos(self, indices: Sequence[int]) -> UInt8[Tensor, "n t h w c"]:
-        """These clips to look at. Of a store, which keeps no pixels, what the autoencoder makes of their latents."""
+        """These clips, all of one bucket, to look at. Of a store, which keeps no pixels, what the autoencoder makes of
+        their latents."""
         if isinstance(self.dataset, VideoDataset):
-            return torch.stack([self.dataset[i, i].video for i in indices])
+            return torch.stack([self.dataset.read(i, i).video for i in indices])
         clips = self.dataset.collate([self.dataset[i, i] for i in indices])
         encoded = clips.moments if self.encoder.spec.vocab else self.encoder.latents(clips.moments)
         return to_uint8(self.encoder.decode(encoded)).cpu()
@@ -173,11 +188,11 @@ def open_source(recipe: Recipe, encoder: Encoder, split: Split) -> Source:
         store = LatentStore(recipe.data.latents)
         store.check(describe(recipe, encoder))
         encoder.stats = encoder.stats or store.manifest.stats
-        return Source(StoredSplit(store, split), encoder)
+        return Source(StoredSplit(store, split, recipe.seed), encoder)
     dataset = VideoDataset(recipe.data, split, recipe.seed)
     if encoder.stats is None and encoder.autoencoder is not None and not encoder.spec.vocab:
         train = dataset if split == "train" else VideoDataset(recipe.data, "train", recipe.seed)
-        encoder.fit_stats(train[i, i].video for i in range(min(len(train), STATS_CLIPS)))
+        encoder.fit_stats(train.read(i, i).video for i in range(min(len(train), STATS_CLIPS)))
     return Source(dataset, encoder)
 
 

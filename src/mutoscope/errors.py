@@ -18,3 +18,10 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
     """``"; did you mean X?"`` with the nearest of the known words, or `otherwise` when none is near."""
     near: Sequence[str] = get_close_matches(word, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else otherwise
+
+
+def listed(faults: Iterable[str]) -> str:
+    """The first ten, a line each, and how many more there are."""
+    lines = list(faults)
+    more = [f"... and {len(lines) - 10} more"] if len(lines) > 10 else []
+    return "".join(f"\n  {line}" for line in lines[:10] + more)

@@ -14,7 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ def estimate(recipe: Recipe) -> Estimate:
     Raises ValueError as building the model does; FileNotFoundError or ConfigError where the recipe of its autoencoder
     is not there.
     """
+    recipe = _at_largest_bucket(recipe)
     io, data = model_io(recipe), recipe.data
     text = recipe.text.build()([""]) if recipe.text else Cond()
     autoencoder = _autoencoder_recipe(recipe)
@@ -129,6 +130,7 @@ def estimate(recipe: Recipe) -> Estimate:
 
 def describe(recipe: Recipe) -> str:
     """The estimate for people, in plain lines."""
+    recipe = _at_largest_bucket(recipe)
     cost = estimate(recipe)
     shapes = [f"{_shape(cost.clip)} pixels"]
     if cost.latents:
@@ -287,6 +289,15 @@ def _autoencoder_recipe(recipe: Recipe) -> Recipe | None:
         return None
     made = Path(recipe.autoencoder.path) / "recipe.toml"
     return load_recipe(str(made) if made.exists() else recipe.autoencoder.recipe)
+
+
+def _at_largest_bucket(recipe: Recipe) -> Recipe:
+    """The recipe with only that of its buckets whose batch has the most pixels."""
+    largest = max(recipe.data.shapes(recipe.batch_size), key=lambda b: b.frames * b.height * b.width * b.batch_size)
+    data = replace(
+        recipe.data, frames=largest.frames, height=largest.height, width=largest.width, buckets=()
+    )  # fmt: skip
+    return replace(recipe, data=data, batch_size=largest.batch_size)
 
 
 def _fake_text(one: Cond, captions: list[str]) -> Cond:

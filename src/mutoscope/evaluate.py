@@ -23,6 +23,7 @@ from mutoscope.metrics.frechet import FrechetDistance, random_conv_features
 from mutoscope.metrics.glyph import GlyphMetric
 from mutoscope.metrics.reconstruction import reconstruct_metrics
 from mutoscope.pictures import write_grid
+from mutoscope.recipe import Data
 from mutoscope.run import Run
 from mutoscope.sample import Generator, load_generator, reconstruct, sample_videos
 from mutoscope.types import NO_LABEL
@@ -54,7 +55,7 @@ def evaluate_run(
         raise ValueError(f"--num {num}: at least 2 videos are needed")
     generator = load_generator(folder, trust_code)
     recipe = generator.recipe
-    clips = VideoDataset(replace(recipe.data, latents=None, window="first", cache=False), "val", recipe.seed)
+    clips = VideoDataset(_held_out(recipe.data), "val", recipe.seed)
     judge = _judge_reconstruction if recipe.sampler is None else _judge_samples
     figures, rows = judge(generator, clips, num, seed, on_clips)
     run = Run(folder)
@@ -64,6 +65,11 @@ def evaluate_run(
     return figures
 
 
+def _held_out(data: Data) -> Data:
+    """The clips themselves, each at the recipe's one shape."""
+    return replace(data, buckets=(), latents=None, window="first", window_interval=None, cache=False)
+
+
 def _judge_reconstruction(
     generator: Generator, clips: VideoDataset, num: int, seed: int, on_clips: Callable[[int], None]
 ) -> tuple[dict[str, float], list[list[Tensor]]]:
@@ -71,7 +77,7 @@ def _judge_reconstruction(
     num = min(num, len(clips))
 
     def batches() -> Iterator[Tensor]:
-        for raw in make_loader(clips, iterate_once(num, generator.recipe.batch_size)):
+        for raw in make_loader(clips, iterate_once(clips.groups[:num], generator.recipe.batch_size)):
             yield to_pixels(raw.video.to(generator.device))
             on_clips(len(raw.ids))
 

@@ -1,8 +1,9 @@
-"""Files that are whole or not there: written aside, synced, and renamed into place."""
+"""Files and folders that are whole or not there: written aside, synced, and renamed into place."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,31 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write to that becomes `path` when the block ends; nothing, or an empty folder, may be there before.
+
+    A kill, a full disk or an exception at any moment leaves nothing at `path`.
+    """
+    aside = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for written in aside.rglob("*"):
+            if written.is_dir():
+                sync_folder(written)
+            else:
+                with open(written, "rb") as file:
+                    os.fsync(file.fileno())
+        sync_folder(aside)
+        os.rename(aside, path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
         raise
     sync_folder(path.parent)
 

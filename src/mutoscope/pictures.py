@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from mutoscope.data.video import write_video
+from mutoscope.data.video import resize, write_video
 from mutoscope.files import replacing
 
 GAP = 2
@@ -34,6 +35,16 @@ def write_strips(path: Path, videos: Sequence[UInt8[Tensor, "t h w 3"]]) -> None
     """A PNG with the frames of each video in a row; of long videos, eight of them."""
     strips = [[v[None, i] for i in _picks(len(v))] for v in (_enlarged(video.numpy()) for video in videos)]
     save_png(path, _tiled(strips)[0])
+
+
+def like(videos: UInt8[Tensor, "n t1 h1 w1 3"], shown: UInt8[Tensor, "m t2 h2 w2 3"]) -> UInt8[Tensor, "n t2 h2 w2 3"]:
+    """Videos as large and as long as others, to be shown beside them: padded with black, or cut, and the last frame
+    held."""
+    _, frames, height, width, _ = shown.shape
+    if videos.shape[1:] == shown.shape[1:]:
+        return videos
+    held = [min(i, videos.shape[1] - 1) for i in range(frames)]
+    return torch.stack([torch.from_numpy(resize(v[held].numpy(), height, width, "pad")) for v in videos])
 
 
 def save_png(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:

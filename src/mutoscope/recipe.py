@@ -83,35 +83,115 @@ class TextConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
-    """Which clips, and which pixels of them."""
+class ClipSet:
+    """Clips in one place, and how to read what is said about them there."""
 
     root: str
-    """A folder of clips, or flying-mnist://PRESET for clips drawn in memory."""
-    layout: Literal["auto", "split_folders", "captioned_folder", "flying_mnist"] = "auto"
-    """How the folder is laid out; auto looks."""
+    """A folder of clips, a table that names them, tar or Parquet shards (a glob, a URL), or flying-mnist://PRESET."""
+    layout: Literal[
+        "auto",
+        "split_folders",
+        "captioned_folder",
+        "line_paired",
+        "table",
+        "cosmos",
+        "webdataset",
+        "parquet",
+        "arrow",
+        "flying_mnist",
+    ] = "auto"
+    """How the clips are laid out; auto looks."""
+    dataset_file: str | None = None
+    """Of layout table: the CSV, TSV, JSONL or Parquet file, below the root; none looks for one."""
+    caption_file: str | None = None
+    """Of layout line_paired: the file with a caption in each line; none means prompts.txt (or captions.txt)."""
+    video_file: str | None = None
+    """Of layout line_paired: the file with a video in each line; none means videos.txt."""
+    caption_columns: tuple[str, ...] = ()
+    """Columns with captions, each a kind of its own; empty looks for caption, text or prompt."""
+    video_column: str | None = None
+    """Column with videos (paths, or bytes); none looks for video, path or file_name."""
+    id_token: str = ""
+    """Put before each caption, with a space between: the word that is to stand for what is learned."""
+    repeats: int = 1
+    """How often each clip is seen in an epoch."""
+    weight: float | None = None
+    """Share of the samples that come from here, against the other sets' weights; none counts clips."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """A shape of training clips, and how many of them make a batch."""
+
+    frames: int
+    height: int
+    width: int
+    batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(ClipSet):
+    """Which clips, and which pixels of them."""
+
+    mix: tuple[ClipSet, ...] = ()
+    """More sets of clips, to train on together with this one."""
     frames: int
     """Frames of a training clip."""
     height: int
     """Height of a training clip in pixels."""
     width: int
     """Width of a training clip in pixels."""
+    buckets: tuple[Bucket, ...] = ()
+    """Shapes to train at, each clip at the one that fits it best; empty is frames × height × width alone. Samples are
+    drawn at frames × height × width."""
     fps: float | None = None
-    """Frames per second to resample to; none takes consecutive frames at the file's own rate."""
-    resize: Literal["crop", "pad", "squash"] = "crop"
-    """How another aspect ratio is met: scale and centre-crop, scale and pad with black, or squash."""
+    """Frames per second to resample to; none takes frames at the file's own rate."""
+    frame_interval: int = 1
+    """Take every n-th frame (after resampling to fps); Cosmos calls it sequence_interval."""
+    skip_frames_start: int = 0
+    """Frames (after resampling) to leave out at a clip's beginning."""
+    skip_frames_end: int = 0
+    """Frames (after resampling) to leave out at a clip's end."""
+    resize: Literal["crop", "random_crop", "pad", "squash"] = "crop"
+    """How another aspect ratio is met: scale and cut the centre (or anywhere), scale and pad with black, or squash."""
+    flip: float = 0.0
+    """Probability that a clip is mirrored left to right, all of its frames alike."""
     window: Literal["first", "random", "all"] = "first"
     """Which frames of a longer clip: its first, a new random window each time, or all windows as clips of their own."""
+    window_interval: int | None = None
+    """Frames from the start of one window to the next, for window = "all"; none sets them end to end."""
+    short: Literal["error", "loop", "pad", "drop"] = "error"
+    """What to do with a clip that has too few frames: stop, begin again, repeat the last, or leave it out."""
+    templates: tuple[str, ...] = ()
+    """Captions made from kinds, as in "{short}" or "{appearance} {action}"; one is drawn each time. Empty takes the
+    kind "caption", or any kind there is."""
+    template_weights: tuple[float, ...] = ()
+    """How often each template is drawn, against the others; empty draws all alike."""
     val_fraction: float = 0.05
     """Share of clips held out (by a hash of their ids) where the layout has no val part."""
     num_labels: int = 0
     """Number of classes of the clips' labels; 0 ignores labels."""
+    max_broken: int = 10
+    """Broken clips that a run goes on without; one more stops it."""
+    timeout: float = 60.0
+    """Seconds after which the reading of a clip is given up and the clip counts as broken."""
     latents: str | None = None
     """A LatentStore made by `mutoscope encode`; training then reads it in place of the clips."""
     workers: int = 0
     """Processes that decode clips; 0 decodes in the training process."""
     cache: bool = False
     """Keep decoded clips in memory: for data sets that fit."""
+
+    @property
+    def sets(self) -> tuple[ClipSet, ...]:
+        """All sets of clips: this one and those mixed in."""
+        return (self, *self.mix)
+
+    def shapes(self, batch_size: int) -> tuple[Bucket, ...]:
+        """The buckets, or the one that frames, height and width make."""
+        return self.buckets or (
+            Bucket(frames=self.frames, height=self.height, width=self.width, batch_size=batch_size),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,26 +321,57 @@ def validate(recipe: Recipe) -> None:
 
 def _contradictions(recipe: Recipe) -> Iterator[str]:
     data, sampler, optim = recipe.data, recipe.sampler, recipe.optim
-    in_memory = data.root.startswith("flying-mnist://")
-    if not data.root:
-        yield "recipe.data.root: empty; give a folder of clips, or flying-mnist://PRESET"
-    if data.layout not in ("auto", "flying_mnist") and in_memory:
-        yield f"recipe.data.layout: {data.root} is of layout flying_mnist, not {data.layout}; leave it at auto"
-    if data.layout == "flying_mnist" and not in_memory:
-        yield f"recipe.data.root: layout flying_mnist wants flying-mnist://PRESET, got {data.root!r}"
+    for k, clips in enumerate(data.sets):
+        yield from _contradictions_of_set(clips, f"recipe.data.mix[{k - 1}]" if k else "recipe.data")
+    if len({clips.weight is None for clips in data.sets}) > 1:
+        yield "recipe.data.weight: give it to all sets of clips (data and each of data.mix), or to none"
+    shapes = [(b.frames, b.height, b.width) for b in data.buckets]
+    for k, bucket in enumerate(data.buckets):
+        if min(bucket.frames, bucket.height, bucket.width, bucket.batch_size) < 1:
+            yield f"recipe.data.buckets[{k}]: all numbers must be at least 1"
+        if shapes.index(shapes[k]) < k:
+            yield f"recipe.data.buckets[{k}]: the same shape as buckets[{shapes.index(shapes[k])}]"
+    if data.template_weights and len(data.template_weights) != len(data.templates):
+        yield (f"recipe.data.template_weights: {len(data.template_weights)} weights "
+               f"for {len(data.templates)} templates")  # fmt: skip
+    if data.window_interval is not None and data.window != "all":
+        yield f'recipe.data.window_interval: is for window = "all", the window is {data.window}'
     if data.latents is not None:
         if recipe.autoencoder is None:
             yield "recipe.data.latents: latents are an autoencoder's; set recipe.autoencoder to the one that made them"
-        if data.window == "random":
-            yield "recipe.data.window: stored latents hold fixed windows; use first or all, or clear data.latents"
+        yield from stored_once(data)
         if data.cache:
             yield "recipe.data.cache: stored latents are memory-mapped already; it is for clips"
-    if data.cache and data.window == "random":
-        yield "recipe.data.cache: random windows are new each time, so that there is nothing to keep; use first or all"
+    if data.cache and (data.window == "random" or data.resize == "random_crop"):
+        yield "recipe.data.cache: random windows and crops are new each time, so that there is nothing to keep"
     if sampler is not None and sampler.eta and sampler.method != "ddim":
         yield f"recipe.sampler.eta: only ddim puts noise back, the method is {sampler.method}; set eta = 0"
     if optim.final_lr and optim.schedule == "constant":
         yield "recipe.optim.final_lr: a constant schedule has no end; set final_lr = 0, or schedule to linear or cosine"
+
+
+def _contradictions_of_set(clips: ClipSet, path: str) -> Iterator[str]:
+    in_memory = clips.root.startswith("flying-mnist://")
+    if not clips.root:
+        yield f"{path}.root: empty; give a folder of clips, or flying-mnist://PRESET"
+    if clips.layout not in ("auto", "flying_mnist") and in_memory:
+        yield f"{path}.layout: {clips.root} is of layout flying_mnist, not {clips.layout}; leave it at auto"
+    if clips.layout == "flying_mnist" and not in_memory:
+        yield f"{path}.root: layout flying_mnist wants flying-mnist://PRESET, got {clips.root!r}"
+    if clips.repeats < 1 or (clips.weight is not None and clips.weight <= 0):
+        yield f"{path}: repeats must be at least 1 and weight above 0, got {clips.repeats} and {clips.weight}"
+    if clips.weight is not None and clips.repeats != 1:
+        yield f"{path}.repeats: the set's share is given by its weight already; leave repeats at 1"
+
+
+def stored_once(data: Data) -> Iterator[str]:
+    """What keeps clips from being stored once and read for ever: whatever changes from one reading to the next."""
+    if data.window == "random":
+        yield "recipe.data.window: random takes other frames each time, but a clip is stored once; use first or all"
+    if data.resize == "random_crop":
+        yield "recipe.data.resize: random_crop takes another part each time, but a clip is stored once; use crop"
+    if data.flip:
+        yield "recipe.data.flip: a clip is stored once, one way round; set flip = 0"
 
 
 def load_recipe(ref: str, *, trust_code: bool = False) -> Recipe:

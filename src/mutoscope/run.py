@@ -4,6 +4,7 @@ recipe.toml        the resolved recipe            samples/STEP.mp4, .png   what 
 environment.json   versions, git, hardware        checkpoints/STEP/        to resume from
 latents.json       mean and std of the latents    final/model.safetensors  the weights to use
 metrics.jsonl      one line per logged step       tensorboard/             the same, for TensorBoard
+quarantine.jsonl   one line per broken clip
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from mutoscope.user_code import code_files
 
 FREE_TO_CHANGE = (
     "steps", "log_every", "validate_every", "sample_every", "save_every", "num_samples", "wandb", "compile",
-    "activation_checkpointing", "parallel", "data.workers", "data.cache", "optim.max_bad_steps",
+    "activation_checkpointing", "parallel", "data.workers", "data.cache", "data.max_broken", "data.timeout",
+    "optim.max_bad_steps",
 )  # fmt: skip
 """What a resumed run may set anew; everything else decides what the weights become."""
 
@@ -46,6 +48,7 @@ class Run:
         self.recipe_file = folder / "recipe.toml"
         self.metrics_file = folder / "metrics.jsonl"
         self.latents_file = folder / "latents.json"
+        self.quarantine_file = folder / "quarantine.jsonl"
         self.samples = folder / "samples"
         self.checkpoints = folder / "checkpoints"
         self.weights = folder / "final" / "model.safetensors"

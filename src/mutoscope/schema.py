@@ -81,6 +81,10 @@ def _absent(cls: type, path: str, limits: Mapping[str, Limits]) -> dict[str, Any
 
 
 def _default(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _default(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_default(v) for v in value]
     return NONE if value is None else value
 
 

@@ -60,6 +60,11 @@ def _comment(text: str) -> str:
 
 
 def _value(value: Any) -> str:
+    """A value on one line, parts of a list as inline tables; parts that are long, on a line each."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_value(v)}" for key, v in value.items()) + " }"
+    if isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
+        return "[\n" + "".join(f"  {_value(v)},\n" for v in value) + "]"
     return tomlkit.item(NONE if value is None else value).as_string()
 
 

@@ -68,27 +68,44 @@ class Cond:
     """Embeddings of the caption, zero where `text_mask` is False; comes with its mask or not at all."""
     text_mask: Bool[Tensor, "b l"] | None = None
     """True on real text tokens; a row that is False throughout means 'no caption'."""
+    null_text: Float[Tensor, "b l d"] | None = None
+    """What takes the place of `text` where the caption is dropped: the embeddings of "", for models that were trained
+    so. None for zeros that are masked."""
     label: Int[Tensor, "b"] | None = None
     """Class index, or NO_LABEL."""
+    known: Float[Tensor, "b c t h w"] | None = None
+    """Latents of the frames that are given (the image of image-to-video), scaled as the model takes them; zero where
+    nothing is."""
 
     def __post_init__(self) -> None:
         # Without a mask, padding and dropped captions would be attended to as if they were words
         if (self.text is None) != (self.text_mask is None):
             raise ValueError("a Cond needs both of text and text_mask, or neither")
+        if self.null_text is not None and self.text is None:
+            raise ValueError("a Cond with null_text needs text, whose place it takes where captions are dropped")
 
     def dropped(self, drop: Bool[Tensor, "b"]) -> Cond:
         """This condition with all of it removed for the samples where `drop` is True.
 
         The one place where conditions are dropped: for classifier-free guidance in training and for the
-        unconditional pass in sampling.
+        unconditional pass in sampling. Frames that are known stay: guidance is about what is said, and both of its
+        passes are about the same image.
         """
         keep = ~drop
-        return replace(
-            self,
-            text=None if self.text is None else self.text * keep[:, None, None],
-            text_mask=None if self.text_mask is None else self.text_mask & keep[:, None],
-            label=None if self.label is None else torch.where(keep, self.label, NO_LABEL),
-        )
+        text, text_mask = self.text, self.text_mask
+        if text is not None and text_mask is not None:
+            if self.null_text is not None:
+                text = torch.where(keep[:, None, None], text, self.null_text)
+            else:
+                text, text_mask = text * keep[:, None, None], text_mask & keep[:, None]
+        label = None if self.label is None else torch.where(keep, self.label, NO_LABEL)
+        return replace(self, text=text, text_mask=text_mask, label=label)
+
+    def without_known(self, drop: Bool[Tensor, "b"]) -> Cond:
+        """This condition with no frames known for the samples where `drop` is True."""
+        if self.known is None:
+            return self
+        return replace(self, known=self.known * ~drop[:, None, None, None, None])
 
     def to(self, device: torch.device) -> Cond:
         """The same condition on another device."""
@@ -108,7 +125,9 @@ class Cond:
         return Cond(
             text=_cat([c.text for c in conds]),
             text_mask=_cat([c.text_mask for c in conds]),
+            null_text=_cat([c.null_text for c in conds]),
             label=_cat([c.label for c in conds]),
+            known=_cat([c.known for c in conds]),
         )
 
 
@@ -177,7 +196,9 @@ class ModelIO:
     channels: int
     """Channels of the latents (3 for pixels)."""
     grid: tuple[int, int, int]
-    """(t, h, w) that the recipe trains at."""
+    """(t, h, w) that the recipe samples at, and trains at where it has no buckets."""
+    more_grids: tuple[tuple[int, int, int], ...] = ()
+    """(t, h, w) of each bucket that the recipe trains at, where it has some."""
     vocab: int | None = None
     """Number of codes, for models over tokens."""
     text_dim: int | None = None

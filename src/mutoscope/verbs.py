@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from mutoscope.data_verbs import Check, FindCuts, MakeClips, MakeFlyingMNIST, Stats
 from mutoscope.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -253,28 +253,6 @@ class Evaluate(OnRun):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeFlyingMNIST:
-    """Write clips of flying digits with their captions and labels."""
-
-    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Where to. Clips that are there already are left alone."""
-    preset: str = "11k"
-    """How many, how large and how many digits each: 11k, 110k, small, demo or tiny."""
-    workers: int = os.cpu_count() or 1
-    """Processes that draw."""
-    train: int | None = None
-    """Clips to train on, in place of the preset's."""
-    val: int | None = None
-    """Clips held out, in place of the preset's."""
-
-    def run(self) -> None:
-        from mutoscope.data.flying_mnist import make, preset_named
-
-        written = make(self.directory, preset_named(self.preset), workers=self.workers, train=self.train, val=self.val)
-        print(f"{written} clips written to {self.directory}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Demo:
     """The whole chain on generated clips, on this machine, in minutes."""
 
@@ -291,6 +269,10 @@ VERBS: dict[str, type[Any]] = {
     "recipes": Recipes,
     "show": Show,
     "data make flying-mnist": MakeFlyingMNIST,
+    "data check": Check,
+    "data stats": Stats,
+    "data clip": MakeClips,
+    "data cuts": FindCuts,
     "data import-npy": ImportNpy,
     "data export-npy": ExportNpy,
     "encode": Encode,

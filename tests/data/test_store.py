@@ -20,6 +20,7 @@ from mutoscope.data.store import (
     StoredItem,
     StoredSplit,
     Text,
+    all_captions,
     read_items,
     read_manifest,
     text_key,
@@ -61,7 +62,7 @@ def make_store(root: Path, count: int = 10, manifest: Manifest = MANIFEST) -> La
             key=f"key{i}",
             place=i,
             split="val" if i % 5 == 0 else "train",
-            caption=["", "a red 3", "naïve 中文\n"][i % 3],
+            captions=[(1.0, (["", "a red 3", "naïve 中文\n"][i % 3],))],
             label=i % 2 or NO_LABEL,
         )
         for i in range(count)
@@ -70,7 +71,7 @@ def make_store(root: Path, count: int = 10, manifest: Manifest = MANIFEST) -> La
         with ShardWriter(root / "video", item.place // manifest.shard_items) as writer:
             writer.append(item.key, moments_of(item.place))
     with ShardWriter(root / "text", 0) as writer:
-        for length, caption in enumerate(dict.fromkeys(item.caption for item in items)):
+        for length, caption in enumerate(dict.fromkeys(all_captions(items))):
             writer.append(text_key(caption), torch.full((length, 3), float(length)).bfloat16())
     write_items(root, items)
     write_manifest(root, manifest)
@@ -82,7 +83,7 @@ def test_clips_are_read_back_in_order(tmp_path: Path) -> None:
     assert len(store) == 10
     assert store.ids("val") == ["../../clip 000", "../../clip 005"]
     clip = store.read(7)
-    assert (clip.id, clip.caption, clip.label) == ("../../clip 007", "a red 3", 1)
+    assert (clip.id, clip.captions, clip.label) == ("../../clip 007", [(1.0, ("a red 3",))], 1)
     assert clip.moments.dtype == torch.bfloat16 and torch.equal(clip.moments, moments_of(7))
     assert store.manifest == MANIFEST
 
@@ -108,7 +109,7 @@ def test_captions_share_their_embeddings_and_are_padded(tmp_path: Path) -> None:
 
 
 def test_a_split_is_a_data_set_that_crosses_processes(tmp_path: Path) -> None:
-    split = StoredSplit(make_store(tmp_path / "store"), "train")
+    split = StoredSplit(make_store(tmp_path / "store"), "train", 0)
     split[0, 0]  # maps a shard, which must not hinder the journey
     split = pickle.loads(pickle.dumps(split))
     clips = split.collate([split[0, 70], split[3, 71]])
@@ -117,7 +118,7 @@ def test_a_split_is_a_data_set_that_crosses_processes(tmp_path: Path) -> None:
     assert torch.equal(clips.moments, torch.stack([moments_of(1), moments_of(4)]))
     assert clips.captions == ["a red 3", "a red 3"] and clips.labels.tolist() == [1, NO_LABEL]
     with pytest.raises(ValueError, match="no clips in test"):
-        StoredSplit(split.store, "test")
+        StoredSplit(split.store, "test", 0)
 
 
 def test_an_unfinished_store_is_refused(tmp_path: Path) -> None:

@@ -231,10 +231,10 @@ def test_every_place_of_the_grid_has_its_own_position() -> None:
 def test_patches_come_back_as_the_video_they_were_cut_from(patch: tuple[int, int, int]) -> None:
     model = built(patch=patch)
     x, _ = inputs()
-    patches = model._patchify(x)
+    patches = model._patchify(x, model.grid)
     t, h, w = (size // p for size, p in zip(IO.grid, patch, strict=True))
     assert patches.shape == (2, t, h * w, 3 * patch[0] * patch[1] * patch[2])
-    assert torch.equal(model._unpatchify(patches), x)
+    assert torch.equal(model._unpatchify(patches, model.grid), x)
     # A token holds one patch of the video, and nothing of its neighbours
     first = x[0, :, : patch[0], : patch[1], : patch[2]]
     assert torch.equal(patches[0, 0, 0].sort().values, first.flatten().sort().values)

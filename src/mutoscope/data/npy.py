@@ -75,7 +75,7 @@ def import_npy(
                 key=key,
                 place=place,
                 split=split,
-                caption=captions[place] if captions else "",
+                captions=[(1.0, (captions[place],))] if captions else [],
                 label=labels[place] if labels else NO_LABEL,
             )
             for place, key in enumerate(keys)

@@ -1,7 +1,7 @@
 """LatentStore: what an autoencoder and a text encoder made of a data set's clips, kept on disk to train from.
 
     STORE/manifest.json   which autoencoder, transform and text encoder; dtype; mean and standard deviation per channel
-    STORE/items.jsonl     one line for each clip: id, key, place, split, caption, label
+    STORE/items.jsonl     one line for each clip: id, key, place, split, captions, label, bucket, set
     STORE/video/          shards of moments or tokens, by the clip's key
     STORE/text/           shards of embeddings, by caption, each caption once
 
@@ -14,7 +14,7 @@ store sees the clips that training from files sees. No path is ever read from a 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,12 +26,13 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mutoscope.data.captions import Variants, choose
 from mutoscope.data.shards import Shards, StoreError, seal, unseal
 from mutoscope.files import replacing
 from mutoscope.recipe import Data
 from mutoscope.types import Cond, LatentSpec
 
-FORMAT = 1
+FORMAT = 2
 STATS_CLIPS = 256
 """Clips that the statistics are taken over: the first of the train split."""
 
@@ -108,8 +109,13 @@ class StoredItem:
     place: int
     """Which shard it goes to: number place // shard_items."""
     split: str
-    caption: str
+    captions: Variants
+    """What it may be called (see `data/captions.py`)."""
     label: int
+    bucket: int = 0
+    """Which of the transform's shapes it has."""
+    set: int = 0
+    """Which of the data's sets of clips it is from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,13 +125,15 @@ class StoredClip:
     id: str
     moments: Tensor
     """(c or 2c, t, h, w) in the store's dtype; or tokens, int64 (t, h, w)."""
-    caption: str
+    captions: Variants
     label: int
 
 
 def transform_of(data: Data) -> dict[str, Any]:
     """What is done to a clip's pixels before the autoencoder sees them."""
-    return {name: getattr(data, name) for name in ("frames", "height", "width", "fps", "resize", "window")}
+    names = ("fps", "frame_interval", "skip_frames_start", "skip_frames_end", "resize", "window", "window_interval")
+    shapes = [[shape.frames, shape.height, shape.width] for shape in data.shapes(1)]
+    return {"shapes": shapes, "short": data.short} | {name: getattr(data, name) for name in names}
 
 
 class LatentStore:
@@ -143,7 +151,7 @@ class LatentStore:
         self._text = Shards(self.root / "text")
         missing = [item.id for item in self.items if item.key not in self._video]
         if self.manifest.text:
-            missing += [repr(c) for c in {item.caption for item in self.items} if text_key(c) not in self._text]
+            missing += [repr(c) for c in dict.fromkeys(all_captions(self.items)) if text_key(c) not in self._text]
         if missing:
             raise StoreError(f"{self.root}: {len(missing)} clips or captions are not encoded yet (first: "
                              f"{missing[0]}): run the same `mutoscope encode` again to go on from there")  # fmt: skip
@@ -163,7 +171,7 @@ class LatentStore:
         moments = self._video.read(item.key)
         if self.manifest.kind == "tokens":
             moments = moments.long()
-        return StoredClip(id=item.id, moments=moments, caption=item.caption, label=item.label)
+        return StoredClip(id=item.id, moments=moments, captions=item.captions, label=item.label)
 
     def text(self, caption: str) -> Tensor:
         """The caption's embeddings (l, d), without padding."""
@@ -204,15 +212,25 @@ class StoredClips:
 class StoredSplit(Dataset[tuple[int, StoredClip]]):
     """The clips of one split: the store's counterpart of VideoDataset."""
 
-    def __init__(self, store: LatentStore, split: str) -> None:
-        """Raises ValueError where the split is empty."""
-        self.store = store
+    def __init__(self, store: LatentStore, split: str, seed: int) -> None:
+        """seed: of the choice among a clip's captions. Raises ValueError where the split is empty."""
+        self.store, self.seed = store, seed
         self.places = [place for place, item in enumerate(store.items) if item.split == split]
         if not self.places:
             raise ValueError(f"{store.root}: no clips in {split}")
 
     def __len__(self) -> int:
         return len(self.places)
+
+    @property
+    def groups(self) -> list[int]:
+        """The bucket of each item."""
+        return [self.store.items[place].bucket for place in self.places]
+
+    @property
+    def sets(self) -> list[int]:
+        """The set of clips that each item is from."""
+        return [self.store.items[place].set for place in self.places]
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[int, StoredClip]:
         """The clip at (index, sample), with its place in the stream of samples before it."""
@@ -221,7 +239,7 @@ class StoredSplit(Dataset[tuple[int, StoredClip]]):
 
     def collate(self, clips: Sequence[tuple[int, StoredClip]]) -> StoredClips:
         """Clips joined along the batch, with their captions' embeddings."""
-        captions = [clip.caption for _, clip in clips]
+        captions = [choose(clip.captions, self.seed, sample) for sample, clip in clips]
         return StoredClips(
             ids=[clip.id for _, clip in clips],
             samples=[sample for sample, _ in clips],
@@ -230,6 +248,12 @@ class StoredSplit(Dataset[tuple[int, StoredClip]]):
             cond=self.store.cond(captions),
             labels=torch.tensor([clip.label for _, clip in clips]),
         )
+
+
+def all_captions(items: Iterable[StoredItem]) -> Iterator[str]:
+    """Every caption that a clip may get, with repeats; the empty one for a clip that has none."""
+    for item in items:
+        yield from [caption for _, group in item.captions for caption in group] or [""]
 
 
 def check_manifest(root: Path, stored: Manifest, asked: Manifest) -> None:
@@ -301,7 +325,10 @@ def read_items(root: Path) -> list[StoredItem]:
     *lines, rest = path.read_bytes().split(b"\n")
     if rest:
         raise StoreError(f"{path}: damaged: its last line has no end")
-    return [StoredItem(**fields) for fields in unseal(lines, path)]
+    return [
+        StoredItem(**fields | {"captions": [(weight, tuple(group)) for weight, group in fields["captions"]]})
+        for fields in unseal(lines, path)
+    ]
 
 
 def write_items(root: Path, items: Sequence[StoredItem]) -> None:

@@ -1,52 +1,47 @@
-"""Video files: exact frames out of them (PyAV), and mp4 files that every browser plays.
+"""Videos and images: exact frames out of them, at the moments and the size that are wanted, and mp4 files.
 
-The number of a frame is its place in presentation order. It is found in an index of the packets' timestamps and
-never by ``timestamp × rate``, which returns other frames than asked for where the rate varies.
+Everything here takes a path or a `Media`. An image is a video of one frame.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import av
 import numpy as np
 import torch
-from av.container import InputContainer
+from av.container import OutputContainer
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from av.video.stream import VideoStream
-from jaxtyping import Float64, Int64, UInt8
+from jaxtyping import Int64, UInt8
 
+from mutoscope.data.decoding import Deadline, VideoError
+from mutoscope.data.images import is_image, read_image
+from mutoscope.data.media import Media
+from mutoscope.data.seeking import FrameIndex, Packets, decode, packets_of
 from mutoscope.files import replacing
+
+__all__ = [
+    "FrameIndex",
+    "VideoError",
+    "VideoInfo",
+    "frame_index",
+    "frames_at",
+    "iter_frames",
+    "probe",
+    "read_frames",
+    "resize",
+    "write_video",
+]
 
 SAME_TIME = 1e-6
 """Seconds by which two timestamps may differ and still mean the same moment: rates and times are floats."""
-
-
-class VideoError(ValueError):
-    """A video file that can't be read, or that has too few frames; the text names the file and the reason."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FrameIndex:
-    """When each frame of a video is shown; frame n is the n-th in presentation order."""
-
-    times: Float64[np.ndarray, "frames"]
-    """Seconds from the first frame, ascending."""
-    duration: float
-    """Seconds until the last frame leaves the screen."""
-
-    @property
-    def fps(self) -> float:
-        """Mean rate."""
-        return len(self.times) / self.duration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,81 +50,125 @@ class VideoInfo:
 
     frames: int
     fps: float
-    """Mean rate: frames / duration."""
+    """Mean rate: frames / duration; 0 for an image."""
     height: int
     """As displayed, after the rotation."""
     width: int
     """As displayed, after the rotation."""
     duration: float
-    """Seconds."""
+    """Seconds; 0 for an image."""
     rotation: int
     """Degrees counter-clockwise by which stored frames are turned for display: -180, -90, 0, 90 or 180."""
+    pixel_aspect: float = 1.0
+    """Width of a pixel over its height. Frames come as they are stored, not stretched by it."""
+    image: bool = False
+    """Whether it is a still."""
 
 
-@dataclass(frozen=True)
-class _Packets:
-    """The timestamps of a file's packets, in the stream's own unit."""
+def frame_index(media: str | Path | Media, timeout: float | None = None) -> FrameIndex:
+    """The index of a file's frames. The last hundred files' are remembered until the file changes.
 
-    pts: Int64[np.ndarray, "frames"]
-    key_pts: Int64[np.ndarray, "keyframes"]
-    key_dts: Int64[np.ndarray, "keyframes"]
-    frames: FrameIndex
-
-
-def frame_index(path: str | Path) -> FrameIndex:
-    """The index of a file's frames. The last few hundred files' are remembered until the file changes.
-
-    Raises VideoError where the file is missing, empty, cut short, not a video or without timestamps.
+    timeout: seconds after which to give up. Raises VideoError where the file is missing, empty, cut short, damaged or
+    not a video, or takes longer.
     """
-    return _packets(path).frames
+    media = _media(media)
+    if is_image(media):
+        return FrameIndex(times=np.zeros(1), duration=0.0)
+    return _sound(media, Deadline(media, timeout)).frames
 
 
-def probe(path: str | Path) -> VideoInfo:
-    """Size, rate and length of a file; its first frame is decoded. Raises VideoError as `read_frames` does."""
-    index = frame_index(path)
-    with _opened(path) as (container, stream):
-        first = next(container.decode(stream), None)
-        if first is None:
-            raise VideoError(f"{path}: none of its {len(index.times)} frames can be decoded")
-        rotation = round(first.rotation / 90)
-        height, width = (first.width, first.height) if rotation % 2 else (first.height, first.width)
+def probe(media: str | Path | Media, timeout: float | None = None) -> VideoInfo:
+    """Size, rate and length of a file; its first frame is decoded. Raises VideoError as `frame_index` does."""
+    media = _media(media)
+    if is_image(media):
+        height, width = read_image(media).shape[:2]
+        return VideoInfo(frames=1, fps=0.0, height=height, width=width, duration=0.0, rotation=0, image=True)
+    deadline = Deadline(media, timeout)
+    packets = _sound(media, deadline)
+    pixels, rotation = next(decode(media, packets, np.zeros(1, np.int64), deadline))
+    height, width = pixels.shape[:2]
     return VideoInfo(
-        frames=len(index.times), fps=index.fps, height=height, width=width,
-        duration=index.duration, rotation=90 * rotation,
+        frames=len(packets.frames.times), fps=packets.frames.fps, height=height, width=width,
+        duration=packets.frames.duration, rotation=rotation, pixel_aspect=packets.pixel_aspect,
     )  # fmt: skip
 
 
-def read_frames(path: str | Path, indices: Sequence[int] | Int64[np.ndarray, "n"]) -> UInt8[np.ndarray, "n h w 3"]:
-    """The frames of these numbers (any order, repeats allowed) as RGB, turned upright.
+def iter_frames(
+    media: str | Path | Media, indices: Sequence[int] | Int64[np.ndarray, "n"], timeout: float | None = None
+) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    """The frames of these numbers, which must not descend, as RGB and upright, one after the other.
+
+    A number that is repeated gives the same array again. timeout: seconds after which to give up, with what the caller
+    does in between. Raises as `read_frames` does.
+    """
+    numbers = np.asarray(indices, dtype=np.int64)
+    if (np.diff(numbers) < 0).any():
+        raise ValueError(f"{media}: frame numbers must ascend; read_frames takes them in any order")
+    wanted, repeats = np.unique(numbers, return_counts=True)
+    for pixels, repeat in zip(_decode(_media(media), wanted, timeout), repeats, strict=True):
+        frame = np.array(pixels)
+        for _ in range(repeat):
+            yield frame
+
+
+def read_frames(
+    media: str | Path | Media, indices: Sequence[int] | Int64[np.ndarray, "n"], timeout: float | None = None
+) -> UInt8[np.ndarray, "n h w 3"]:
+    """The frames of these numbers (any order, repeats allowed) as RGB, turned (and mirrored) upright.
 
     Decodes from the keyframe before each run of frames and matches by timestamp, so that the frames are exact
-    whatever the codec's order, the rate or the edit list. Raises VideoError where the file can't be read or has no
-    such frame.
+    whatever the codec's order, the rate or the edit list. Transparent parts of an image come on black. timeout:
+    seconds after which to give up. Raises VideoError where the file can't be read, is damaged at or before a frame that
+    is wanted, has no such frame, or takes longer.
     """
-    packets = _packets(path)
-    count = len(packets.pts)
-    wanted, places = np.unique(np.asarray(indices, dtype=np.int64), return_inverse=True)
+    media = _media(media)
+    numbers = np.asarray(indices, dtype=np.int64)
+    if not len(numbers):
+        raise ValueError(f"{media}: no frame numbers given")
+    wanted, places = np.unique(numbers, return_inverse=True)
+    frames = np.empty(0, np.uint8)
+    for done, pixels in enumerate(_decode(media, wanted, timeout)):
+        if done == 0:
+            frames = np.empty((len(wanted), *pixels.shape), np.uint8)
+        frames[done] = pixels
+    return frames if np.array_equal(wanted, numbers) else frames[places]
+
+
+def _decode(
+    media: Media, wanted: Int64[np.ndarray, "n"], timeout: float | None
+) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    """The frames of these ascending numbers, all of one size."""
+    image = is_image(media)
+    deadline = Deadline(media, timeout)
+    packets = None if image else packets_of(media, deadline)
+    count = 1 if packets is None else len(packets.frames.times)
     if not len(wanted):
-        raise ValueError(f"{path}: no frame numbers given")
-    if wanted[0] < 0 or wanted[-1] >= count:
-        raise VideoError(f"{path}: no frame {wanted[-1] if wanted[0] >= 0 else wanted[0]}, it has {count} (from 0)")
-    frames, done = np.empty(0, np.uint8), 0
-    converter = VideoReformatter()  # One for all frames: each new one sets up a swscale context, at 1.8x the cost.
-    with _opened(path) as (container, stream):
-        for frame in _decode(container, stream, packets, wanted):
-            if frame.is_corrupt:
-                raise VideoError(f"{path}: frame {wanted[done]} is damaged")
-            pixels = converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-            pixels = np.rot90(pixels, round(frame.rotation / 90))
-            if done == 0:
-                frames = np.empty((len(places), *pixels.shape), np.uint8)
-            elif pixels.shape != frames.shape[1:]:
-                raise VideoError(f"{path}: frame {wanted[done]} has another size than the frames before")
-            frames[places == done] = pixels
-            done += 1
-    if done < len(wanted):
-        raise VideoError(f"{path}: frame {wanted[done]} of {count} can't be decoded")
-    return frames
+        return
+    if not 0 <= wanted[0] <= wanted[-1] < count:
+        if packets is not None and packets.fault and wanted[0] >= 0:
+            raise VideoError(packets.fault)
+        raise VideoError(f"{media}: no frame {wanted[-1] if wanted[0] >= 0 else wanted[0]}, it has {count} (from 0)")
+    if packets is None:
+        yield from [read_image(media)] * len(wanted)
+        return
+    shape = None
+    for number, (pixels, _) in zip(wanted, decode(media, packets, wanted, deadline), strict=True):
+        shape = shape or pixels.shape
+        if pixels.shape != shape:
+            raise VideoError(f"{media}: frame {number} has another size than the frames before")
+        yield pixels
+
+
+def _sound(media: Media, deadline: Deadline) -> Packets:
+    """The packets of a file, which must be whole."""
+    packets = packets_of(media, deadline)
+    if packets.fault:
+        raise VideoError(packets.fault)
+    return packets
+
+
+def _media(media: str | Path | Media) -> Media:
+    return media if isinstance(media, Media) else Media(str(media))
 
 
 def frames_at(
@@ -139,8 +178,13 @@ def frames_at(
 
     The k-th is the frame on screen at ``start + k / fps``: the last one at or before that moment. A higher rate than
     the file's repeats frames, a lower one skips. Without `fps`: every frame, as the file has them. An `end` beyond
-    the file's is the file's.
+    the file's is the file's. An image shows its one frame at any rate. Raises ValueError for a start before the first
+    frame.
     """
+    if start < 0:
+        raise ValueError(f"start={start} must be at least 0")
+    if index.duration == 0:
+        return np.zeros(1, np.int64)
     end = index.duration if end is None else min(end, index.duration)
     if fps is None:
         first, last = np.searchsorted(index.times, [start - SAME_TIME, end - SAME_TIME])
@@ -151,170 +195,148 @@ def frames_at(
 
 
 def resize(
-    frames: UInt8[np.ndarray, "t h1 w1 3"], height: int, width: int, mode: Literal["crop", "pad", "squash"]
+    frames: UInt8[np.ndarray, "t h1 w1 3"],
+    height: int,
+    width: int,
+    mode: Literal["crop", "pad", "squash"],
+    place: tuple[float, float] = (0.5, 0.5),
 ) -> UInt8[np.ndarray, "t h2 w2 3"]:
-    """Frames at another size, antialiased (bilinear, computed in float).
+    """Frames at another size, bilinear and antialiased.
 
-    crop: scale until both sides are covered and cut the centre; pad: scale until both sides fit and centre on
-    black; squash: scale each side by itself. Frames of the right size come back as they are.
+    crop: scale until both sides are covered and cut at `place`: (0, 0) is the top left corner, (0.5, 0.5) the centre,
+    (1, 1) the bottom right corner; pad: scale until both sides fit and centre on black; squash: scale each side by
+    itself. Frames of the right size come back as they are.
+
+    Computed in integers (torch's kernel for bytes), at a tenth of the cost of floats and within 1/255 of them: each of
+    the two passes rounds by 1/2 at most. Raises ValueError for a size below 1 or a place outside [0, 1].
     """
     old_height, old_width = frames.shape[1:3]
+    if height < 1 or width < 1 or not all(0 <= p <= 1 for p in place):
+        raise ValueError(f"height={height} and width={width} must be at least 1, place={place} in [0, 1]")
     if (old_height, old_width) == (height, width):
         return frames
     scale_h, scale_w = height / old_height, width / old_width
     if mode != "squash":
         scale_h = scale_w = max(scale_h, scale_w) if mode == "crop" else min(scale_h, scale_w)
     size = max(1, round(old_height * scale_h)), max(1, round(old_width * scale_w))
-    parts = []
-    for part in torch.from_numpy(np.ascontiguousarray(frames)).split(8):  # Floats of a long clip may not fit in memory.
-        pixels = part.permute(0, 3, 1, 2).float()
-        pixels = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
-        parts.append(pixels.round_().clamp_(0, 255).byte().permute(0, 2, 3, 1))
-    scaled = torch.cat(parts).numpy()
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2  # Negative where there is room to pad.
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)  # Channels last: the fast kernel.
+    pixels = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
+    scaled = pixels.permute(0, 2, 3, 1).numpy()
     if mode == "crop":
+        top, left = (math.ceil((a - b) * p - 0.5) for a, b, p in zip(size, (height, width), place, strict=True))
         return np.ascontiguousarray(scaled[:, top : top + height, left : left + width])
+    top, left = (height - size[0] + 1) // 2, (width - size[1] + 1) // 2
     canvas = np.zeros((len(frames), height, width, 3), np.uint8)
-    canvas[:, -top : size[0] - top, -left : size[1] - left] = scaled
+    canvas[:, top : top + size[0], left : left + size[1]] = scaled
     return canvas
 
 
-@contextmanager
-def _opened(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The file and its video stream; whatever goes wrong inside becomes a VideoError that names the file."""
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                kinds = " and ".join(sorted({s.type for s in container.streams}))
-                raise VideoError(f"{path}: no video in it" + (f", only {kinds}" if kinds else ""))
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1  # More threads cost 20-25 % more CPU; workers are parallel already.
-            yield container, stream
-    except (av.FFmpegError, OSError) as error:
-        reason = error.strerror or str(error)
-        if isinstance(error, av.InvalidDataError):
-            reason = "not a video, cut short or damaged" if os.path.getsize(path) else "the file is empty"
-        raise VideoError(f"{path}: can't be read as a video: {reason}") from error
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """When frames are shown, where they come at no constant rate."""
 
+    pts: Int64[np.ndarray, "frames_and_end"]
+    """When each is shown, ascending from 0, and when the last one leaves the screen."""
+    unit: Fraction
+    """Of those, in seconds."""
 
-def _packets(path: str | Path) -> _Packets:
-    try:
-        state = os.stat(path)
-    except OSError as error:
-        raise VideoError(f"{path}: {error.strerror}") from error
-    return _read_packets(str(path), state.st_mtime_ns, state.st_size)
-
-
-@lru_cache(maxsize=512)
-def _read_packets(path: str, mtime_ns: int, size: int) -> _Packets:
-    """Demux the file, which decodes nothing. The time and size are there to forget what has changed."""
-    shown, keys, total = {}, [], 0
-    with _opened(path) as (container, stream):
-        expected = len(stream.index_entries)  # Not `stream.frames`, which counts what an edit list leaves out.
-        for packet in container.demux(stream):
-            if packet.dts is None and packet.pts is None and not packet.size:
-                continue  # The end.
-            total += 1
-            if packet.is_corrupt:
-                raise VideoError(f"{path}: cut short or damaged: packet {total} of {expected} is not whole")
-            if packet.pts is None:
-                raise VideoError(f"{path}: no timestamps; re-mux it with: ffmpeg -i {path} -c copy out.mp4")
-            if packet.is_keyframe:
-                keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
-            if not packet.is_discard:  # An edit list cuts it: decoded, because others build on it, but not shown.
-                shown[packet.pts] = packet.duration or 0
-        assert stream.time_base is not None
-        unit, rate = float(stream.time_base), float(stream.average_rate or 25)
-    if total < expected:
-        raise VideoError(f"{path}: cut short: {total} of {expected} frames are there")
-    keys.sort()
-    pts = np.array(sorted(shown), dtype=np.int64)
-    pts = pts[pts >= keys[0][0]] if keys else pts[:0]  # What comes before a keyframe can't be decoded.
-    if not len(pts):
-        raise VideoError(f"{path}: no frames in it")
-    times = (pts - pts[0]) * unit
-    frames = FrameIndex(times=times, duration=float(times[-1]) + (shown[int(pts[-1])] * unit or 1 / rate))
-    key_pts, key_dts = np.array(keys, dtype=np.int64).T
-    return _Packets(pts, key_pts, key_dts, frames)
-
-
-def _decode(
-    container: InputContainer, stream: VideoStream, packets: _Packets, wanted: Int64[np.ndarray, "n"]
-) -> Iterator[av.VideoFrame]:
-    """The frames of these ascending numbers in order, up to the first that the decoder does not yield."""
-    targets = packets.pts[wanted]
-    keys = np.searchsorted(packets.key_pts, targets, side="right") - 1
-    back, done = 0, 0
-    while done < len(targets):
-        key = max(0, keys[done] - back)
-        container.seek(int(packets.key_dts[key]), stream=stream, backward=True)
-        before = done
-        for frame in container.decode(stream):
-            if frame.pts is None or frame.pts < targets[done]:
-                continue
-            if frame.pts > targets[done]:
-                break
-            yield frame
-            done += 1
-            if done == len(targets):
-                return
-            if packets.key_pts[keys[done]] > frame.pts and wanted[done] > wanted[done - 1] + 1:
-                break  # The next one is nearer from a keyframe than from here.
-        if done > before:
-            back = 0
-        elif key == 0:
-            return
-        else:  # The keyframe was not one to start at: try the ones before.
-            back = 2 * back + 1
+    @property
+    def fps(self) -> float:
+        """Mean rate."""
+        return float((len(self.pts) - 1) / (int(self.pts[-1]) * self.unit))
 
 
 def write_video(
-    path: str | Path, frames: UInt8[np.ndarray, "t h w 3"], fps: float | int, *, lossless: bool = False
+    path: str | Path,
+    frames: UInt8[np.ndarray, "t h w 3"] | Iterable[UInt8[np.ndarray, "h w 3"]],
+    fps: float | int | Clock,
+    *,
+    lossless: bool = False,
+    gop: int | None = None,
+    pixel_aspect: float = 1.0,
 ) -> None:
-    """Write RGB frames (T, H, W, 3) to an mp4 (H.264); the same frames give the same bytes.
+    """Write RGB frames, an array (T, H, W, 3) or one after the other, to an mp4 (H.264); the same frames give the same
+    bytes.
 
     Every browser plays the default (4:2:0, crf 18). It needs even sizes: the last column or row of an odd one is
     written twice. `lossless` keeps every pixel and the size as they are, in a profile that few browsers play.
-    The file appears under its name only when it is whole. Raises ValueError for no frames or a rate outside
-    [0.01, 1000], FileNotFoundError where the folder is missing.
+    gop: frames from one keyframe to the next at most, 250 unless given. pixel_aspect: width of a pixel over its height,
+    for players to stretch it by. With a `Clock` there are no B-frames, since an mp4 with them can't tell how long its
+    last frame is shown.
+
+    The file appears under its name only when it is whole. Raises ValueError for no frames, frames of different sizes
+    or of one that H.264 does not allow, or a rate outside [0.01, 1000], FileNotFoundError where the folder is missing.
     """
     path = Path(path)
-    if frames.size == 0:
-        raise ValueError(f"{path}: no frames to write, shape {frames.shape}")
-    if not 0.01 <= fps <= 1000:
-        raise ValueError(f"{path}: fps={fps} must be between 0.01 and 1000")
+    rate = fps.fps if isinstance(fps, Clock) else fps
+    if not 0.01 <= rate <= 1000:
+        raise ValueError(f"{path}: fps={rate} must be between 0.01 and 1000")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
-    if not lossless:
-        frames = np.pad(frames, [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)], mode="edge")
+    images = iter(frames)
+    first = next(images, None)
+    if first is None or first.size == 0:
+        raise ValueError(f"{path}: no frames to write" + ("" if first is None else f", shape {first.shape}"))
     with replacing(path) as aside:
-        _encode(aside, frames, fps, lossless)
+        _encode(path, aside, chain([first], images), first.shape, fps, lossless, gop, pixel_aspect)
 
 
-def _encode(path: Path, frames: UInt8[np.ndarray, "t h w 3"], fps: float | int, lossless: bool) -> None:
+def _encode(
+    path: Path, aside: Path, images: Iterator[UInt8[np.ndarray, "h w 3"]], shape: tuple[int, ...],
+    fps: float | int | Clock, lossless: bool, gop: int | None, pixel_aspect: float,
+) -> None:  # fmt: skip
+    grow = (0, 0) if lossless else (shape[0] % 2, shape[1] % 2)
     # bitexact keeps the muxer's version and the time of day out of the file; faststart lets a player begin at once.
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"}) as container:
-        codec = "libx264rgb" if lossless else "libx264"
-        # The macroblock tree reads memory that nothing wrote, and the bytes differ from one run to the next.
-        options = {"qp": "0"} if lossless else {"crf": "18", "x264-params": "mbtree=0"}
-        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
-        assert isinstance(stream, VideoStream)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.codec_context.thread_count = 1
-        if lossless:
-            stream.pix_fmt = "rgb24"
-        else:
-            stream.pix_fmt = "yuv420p"
-            # Untagged files are BT.601 to some players and BT.709 to others, and their colours shift.
-            stream.codec_context.colorspace = Colorspace.ITU709
-            stream.codec_context.color_primaries = ColorPrimaries.BT709
-            stream.codec_context.color_trc = ColorTrc.BT709
-            stream.codec_context.color_range = ColorRange.MPEG
+    with av.open(str(aside), "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"}) as container:
+        stream = _add_stream(container, shape[0] + grow[0], shape[1] + grow[1], fps, lossless, gop)
+        if pixel_aspect != 1:
+            stream.codec_context.sample_aspect_ratio = Fraction(pixel_aspect).limit_denominator(1000)
+        try:
+            stream.codec_context.open()
+        except av.FFmpegError as error:
+            raise ValueError(
+                f"{path}: frames of {shape[1]} × {shape[0]} can't be written as H.264 ({error.strerror}); "
+                "it takes up to 16384 × 16384"
+            ) from error
         converter = VideoReformatter()
-        for number, pixels in enumerate(frames):
+        for number, pixels in enumerate(images):
+            if pixels.shape != shape:
+                raise ValueError(f"{path}: frame {number} has the shape {pixels.shape}, the first one {shape}")
+            if any(grow):
+                pixels = np.pad(pixels, [(0, grow[0]), (0, grow[1]), (0, 0)], mode="edge")
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             if not lossless:
                 frame = converter.reformat(frame, format="yuv420p", dst_colorspace=Colorspace.ITU709, threads=1)
             frame.pts = number
+            if isinstance(fps, Clock):
+                frame.pts, frame.duration = int(fps.pts[number]), int(fps.pts[number + 1] - fps.pts[number])
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+def _add_stream(
+    container: OutputContainer, height: int, width: int, fps: float | int | Clock, lossless: bool, gop: int | None
+) -> VideoStream:
+    # The macroblock tree reads memory that nothing wrote, and the bytes differ from one run to the next.
+    options = {"qp": "0"} if lossless else {"crf": "18", "x264-params": "mbtree=0"}
+    if gop is not None:
+        options["g"] = str(gop)
+    if isinstance(fps, Clock):
+        options |= {"bf": "0", "flags": "+frame_duration"}
+    rate = Fraction(fps.fps if isinstance(fps, Clock) else fps).limit_denominator(1001)
+    stream = container.add_stream("libx264rgb" if lossless else "libx264", rate=rate, options=options)
+    assert isinstance(stream, VideoStream)
+    stream.height, stream.width = height, width
+    stream.codec_context.thread_count = 1
+    if isinstance(fps, Clock):
+        stream.codec_context.time_base = fps.unit
+    if lossless:
+        stream.pix_fmt = "rgb24"
+    else:
+        stream.pix_fmt = "yuv420p"
+        # Untagged files are BT.601 to some players and BT.709 to others, and their colours shift.
+        stream.codec_context.colorspace = Colorspace.ITU709
+        stream.codec_context.color_primaries = ColorPrimaries.BT709
+        stream.codec_context.color_trc = ColorTrc.BT709
+        stream.codec_context.color_range = ColorRange.MPEG
+    return stream

@@ -53,16 +53,14 @@ class DiTModel(nn.Module):
 
     def __init__(self, config: DiT, io: ModelIO) -> None:
         super().__init__()
-        for axis, size, patch in zip("thw", io.grid, config.patch, strict=True):
-            if size % patch:
-                raise ValueError(f"model.patch {config.patch} does not divide the latent grid {io.grid} along {axis}")
         self.patch, self.channels = config.patch, io.channels
-        t, h, w = (size // patch for size, patch in zip(io.grid, config.patch, strict=True))
-        self.grid = (t, h, w)
+        self.grid = self._tokens(io.grid)
+        for grid in io.more_grids:
+            self._tokens(grid)
         width, patch_dim = config.width, io.channels * config.patch[0] * config.patch[1] * config.patch[2]
 
         self.embed = nn.Linear(patch_dim, width)
-        self.register_buffer("positions", grid_sinusoid(self.grid, width), persistent=False)  # (t, h·w, d)
+        self.positions: dict[tuple[int, int, int], Tensor] = {}
         self.time = TimeEmbedding(width)
         # The last row stands for "no label".
         self.label = nn.Embedding(io.num_labels + 1, width) if io.num_labels else None
@@ -100,7 +98,8 @@ class DiTModel(nn.Module):
     def forward(
         self, x: Float[Tensor, "b c t h w"], time: Float[Tensor, "b"], cond: Cond
     ) -> Float[Tensor, "b c t h w"]:
-        x = self.embed(self._patchify(x)) + self.positions  # (b, t, n, d)
+        grid = self._tokens((x.shape[2], x.shape[3], x.shape[4]))
+        x = self.embed(self._patchify(x, grid)) + self._positions(grid)  # (b, t, n, d)
         c = self.time(time)
         if self.label is not None:
             null = self.label.num_embeddings - 1
@@ -111,15 +110,31 @@ class DiTModel(nn.Module):
             x = block(x, c, cond.text, cond.text_mask)
         shift, scale = self.final_modulation(c).chunk(2, dim=-1)
         x = self.head(modulate(self.final_norm(x).flatten(1, 2), shift, scale))
-        return self._unpatchify(x)
+        return self._unpatchify(x, grid)
 
-    def _patchify(self, x: Tensor) -> Tensor:
-        (t, h, w), (pt, ph, pw) = self.grid, self.patch
+    def _tokens(self, grid: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Latents along t, h and w -> tokens. Any size goes that the patch divides: buckets have several."""
+        for axis, size, patch in zip("thw", grid, self.patch, strict=True):
+            if size % patch:
+                raise ValueError(f"model.patch {self.patch} does not divide the latent grid {grid} along {axis}")
+        t, h, w = (size // patch for size, patch in zip(grid, self.patch, strict=True))
+        return t, h, w
+
+    def _positions(self, grid: tuple[int, int, int]) -> Float[Tensor, "t n d"]:
+        """Of this grid, as the model's weights are: in their dtype, on their device."""
+        weight = self.embed.weight
+        known = self.positions.get(grid)
+        if known is None or known.device != weight.device or known.dtype != weight.dtype:
+            known = self.positions[grid] = grid_sinusoid(grid, self.embed.out_features).to(weight)
+        return known
+
+    def _patchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        (t, h, w), (pt, ph, pw) = grid, self.patch
         x = x.reshape(len(x), self.channels, t, pt, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
         return x.reshape(len(x), t, h * w, -1)
 
-    def _unpatchify(self, x: Tensor) -> Tensor:
-        (t, h, w), (pt, ph, pw) = self.grid, self.patch
+    def _unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        (t, h, w), (pt, ph, pw) = grid, self.patch
         x = x.reshape(len(x), t, h, w, self.channels, pt, ph, pw).permute(0, 4, 1, 5, 2, 6, 3, 7)
         return x.reshape(len(x), self.channels, t * pt, h * ph, w * pw)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -51,21 +52,23 @@ class Log:
             if self.wandb is not None:
                 self.wandb.finish(exit_code=0 if kind is None else 1)
 
-    def start_at(self, step: int) -> None:
-        """Go on after optimizer step `step`: what was logged past it is forgotten, and time is measured from here."""
-        self.started, self.first_step, self.last = time.monotonic(), step, (time.monotonic(), step)
+    def start_at(self, step: int, samples: int) -> None:
+        """Go on after optimizer step `step`, when so many training samples were taken: what was logged past it is
+        forgotten, and time is measured from here."""
+        self.started, self.first_step, self.last = time.monotonic(), step, (time.monotonic(), samples)
         if self.enabled:
             self.run.forget_after(step)
             self.file = open(self.run.metrics_file, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
             self.progress.update(self.bar, completed=step)
 
-    def train(self, step: int, values: dict[str, float], samples_per_step: int) -> None:
-        """Log training at optimizer step `step`, with throughput since the last call and memory."""
+    def train(self, step: int, values: dict[str, float], samples: int) -> None:
+        """Log training at optimizer step `step`, after so many samples; with throughput since the last call, and
+        memory."""
         if not self.enabled:
             return
-        now, (then, last_step) = time.monotonic(), self.last
-        self.last = now, step
-        rate = (step - last_step) * samples_per_step / max(now - then, 1e-9)
+        now, (then, samples_then) = time.monotonic(), self.last
+        self.last = now, samples
+        rate = (samples - samples_then) / max(now - then, 1e-9)
         memory = peak_memory()
         self.scalars(step, {**values, "samples_per_second": rate, "peak_memory_gib": memory / 2**30})
         status = f"loss {values['loss']:.4f} · {rate:.1f} samples/s · {memory / 2**30:.2f} GiB"
@@ -84,6 +87,24 @@ class Log:
             self.tensorboard.add_scalar(key, value, step)
         if self.wandb is not None:
             self.wandb.log(values, step=step)
+
+    def ticker(self, what: str, total: int) -> Callable[[], None]:
+        """For work before training: a bar on a terminal, else a line every ten seconds. Call what comes back for each
+        of `total`."""
+        if not self.enabled:
+            return lambda: None
+        bar = self.progress.add_task(what, total=total, status="")
+        done, told = 0, time.monotonic()
+
+        def tick() -> None:
+            nonlocal done, told
+            done += 1
+            self.progress.update(bar, completed=done, visible=done < total)
+            if not console.is_terminal and time.monotonic() - told > 10:
+                told = time.monotonic()
+                self.say(f"{what}: {done} of {total}")
+
+        return tick
 
     def say(self, text: str) -> None:
         """A line for people."""

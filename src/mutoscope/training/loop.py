@@ -1,17 +1,16 @@
 """The only training loop. Read it from `train` down; what is learned is the objective's business, not its.
 
-All counters are integers that a checkpoint keeps: `step` counts optimizer steps, `samples` the training samples that
-all processes have consumed. Data, noise and learning rate are functions of them, so a resumed run repeats nothing,
-skips nothing, and ends in the same bits.
+All counters are integers that a checkpoint keeps: `step` counts optimizer steps, `consumed` the training samples that
+all processes have taken from each bucket. Data, noise and learning rate are functions of them, so a resumed run repeats
+nothing, skips nothing, and ends in the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,13 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.utils.checkpoint import checkpoint as recompute
 
 from mutoscope.build import build_encoder, build_model
-from mutoscope.data.buckets import Batches, iterate_once
+from mutoscope.data.buckets import Plan, iterate_once
+from mutoscope.data.dataset import Clips
+from mutoscope.data.flying_mnist import Split
+from mutoscope.data.index import inspect
+from mutoscope.data.layouts import list_data
 from mutoscope.encoder import Encoder, Source, open_source
-from mutoscope.pictures import write_grid
+from mutoscope.pictures import like, write_grid
 from mutoscope.randomness import Draw, seed_of
 from mutoscope.recipe import Recipe, validate
 from mutoscope.report import write_report
@@ -34,6 +37,7 @@ from mutoscope.training.ema import EMA
 from mutoscope.training.engine import Engine
 from mutoscope.training.log import Log
 from mutoscope.training.optimizers import build_optimizers, set_learning_rates
+from mutoscope.training.quarantine import Quarantine
 from mutoscope.training.signals import StopFlag, Stopped, stopping_softly
 from mutoscope.types import Loss
 from mutoscope.weights import load_strict, read_weights, save_weights
@@ -66,7 +70,8 @@ def train(recipe: Recipe, out: Path) -> Run:
 def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -> None:
     # 1. Build. Order of initialisation: a checkpoint of this run > recipe.init_from > fresh weights
     encoder = build_encoder(recipe, engine.device)
-    sources = {split: open_source(recipe, encoder, split) for split in ("train", "val")}
+    sources = _open_sources(recipe, encoder, engine, log)
+    quarantine = Quarantine(run, recipe.data.max_broken, engine, log)
     if engine.main:
         run.save_latent_stats(encoder.stats)
     model = build_model(recipe, encoder.spec).to(engine.device)
@@ -74,22 +79,23 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
         weights = Run(Path(recipe.init_from)).weights
         load_strict(model, read_weights(weights), source=str(weights))
     state = TrainState(model, build_optimizers(model, recipe.optim), EMA(model, recipe.ema) if recipe.ema else None)
+    plan = Plan(pools=sources["train"].pools(recipe), seed=recipe.seed, accumulate=recipe.accumulate,
+                rank=engine.rank, world=engine.world)  # fmt: skip
     newest = newest_checkpoint(run.checkpoints, engine, log.say)
     if newest is not None:
-        clips_then = state.load(newest)
+        numbers = state.load(newest)
         log.say(f"resuming from {newest}")
-        if clips_then != len(sources["train"]):
-            log.say(f"the data has changed: {clips_then} train clips then, {len(sources['train'])} now")
+        if numbers["clips"] != len(sources["train"]):
+            log.say(f"the data has changed: {numbers['clips']} train clips then, {len(sources['train'])} now")
+        state.consumed = tuple(numbers.get(f"consumed {pool.name}", 0) for pool in plan.pools)
+    state.consumed = state.consumed or (0,) * len(plan.pools)
     engine.check_in_sync(model)
     trainee = engine.wrap(_prepared(model, recipe))
-    batches = Batches(size=len(sources["train"]), batch_size=recipe.batch_size, seed=recipe.seed,
-                      rank=engine.rank, world=engine.world, start=state.samples)  # fmt: skip
-    clips = sources["train"].loader(batches, recipe.data.workers)
+    clips = sources["train"].loader(plan.batches(state.consumed), recipe.data.workers)
     generator = Generator(recipe, model, encoder)
-    per_step = recipe.batch_size * recipe.accumulate * engine.world
 
     # 2. What would fail at hour ten fails now
-    log.start_at(state.step)
+    log.start_at(state.step, sum(state.consumed))
     if state.step == 0:
         _validate(recipe, engine, state, sources["val"], encoder, log, due=True)
         _preview(recipe, run, engine, state, generator, sources["val"], due=True)
@@ -98,7 +104,9 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
     bad_steps, first_step = 0, state.step
     while state.step < recipe.steps:
         lr = set_learning_rates(state.optimizers, recipe.optim, state.step, recipe.steps)
-        losses, norm = _forward_backward(recipe, engine, state, trainee, encoder, clips)
+        micro = [next(clips) for _ in range(recipe.accumulate)]
+        quarantine.add([b for raw in micro if isinstance(raw, Clips) for b in raw.broken], state.step + 1)
+        losses, norm = _forward_backward(recipe, engine, state, trainee, encoder, micro)
         if state.step == first_step:
             _check_reached(model)
         finite = bool(norm.isfinite())  # the same on all processes: the norm is of the averaged gradients
@@ -112,10 +120,10 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
         for optimizer in state.optimizers:
             optimizer.zero_grad(set_to_none=True)
         bad_steps = 0 if finite else bad_steps + 1
-        epochs_before = state.samples // len(sources["train"])
-        state.step, state.samples = state.step + 1, state.samples + per_step
-        if state.samples // len(sources["train"]) > epochs_before:
-            log.scalars(state.step, recipe.objective.after_epoch(model, epochs_before, engine.sum))
+        before, state.consumed = sum(state.consumed), plan.after(state.consumed)
+        state.step, samples = state.step + 1, sum(state.consumed)
+        if samples // plan.epoch > before // plan.epoch:
+            log.scalars(state.step, recipe.objective.after_epoch(model, before // plan.epoch, engine.sum))
         if state.ema is not None and finite:
             state.ema.update(model, state.step)
 
@@ -124,11 +132,12 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
         stopping = engine.any(stop.signal_number != 0) or bad_steps >= recipe.optim.max_bad_steps
         if state.step % recipe.log_every == 0 or last:
             values = _mean_over_processes(losses, engine) | {"lr": lr, "grad_norm": float(norm)}
-            log.train(state.step, values | {"skipped": float(not finite)}, per_step)
+            log.train(state.step, values | {"skipped": float(not finite)}, samples)
         _validate(recipe, engine, state, sources["val"], encoder, log, due=last)
         _preview(recipe, run, engine, state, generator, sources["val"], due=last)
         if state.step % recipe.save_every == 0 or last or stopping:
-            numbers = {"samples": state.samples, "clips": len(sources["train"])}
+            numbers = {f"consumed {pool.name}": n for pool, n in zip(plan.pools, state.consumed, strict=True)}
+            numbers["clips"] = len(sources["train"])
             save_checkpoint(run.checkpoints, state.step, state.tensors(), numbers, engine)
         if bad_steps >= recipe.optim.max_bad_steps:
             raise RuntimeError(f"{bad_steps} steps in a row were not finite; stopped. {_suspects(losses, engine)} "
@@ -145,6 +154,19 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
     engine.barrier()
 
 
+def _open_sources(recipe: Recipe, encoder: Encoder, engine: Engine, log: Log) -> dict[Split, Source]:
+    """The clips to train and to validate on; what became of them goes to the log."""
+    if recipe.data.latents is None:
+        with engine.main_first():  # process 0 looks at the files, the others at what it remembered of them
+            found = list_data(recipe.data)
+            inspect(found, recipe.data.timeout, log.ticker("looking at clips", len(found)))
+    sources: dict[Split, Source] = {split: open_source(recipe, encoder, split) for split in ("train", "val")}
+    for source in sources.values():
+        for line in source.report():
+            log.say(line)
+    return sources
+
+
 @dataclass
 class TrainState:
     """All that a run changes; everything else is a function of the recipe."""
@@ -153,7 +175,8 @@ class TrainState:
     optimizers: list[torch.optim.Optimizer]
     ema: EMA | None
     step: int = 0
-    samples: int = 0
+    consumed: tuple[int, ...] = ()
+    """Training samples that all processes have taken, from each of the plan's pools."""
 
     def tensors(self) -> dict[str, Any]:
         """The tensors of a checkpoint, as a tree; filling them in place does not set the optimizers'."""
@@ -161,13 +184,13 @@ class TrainState:
         tree = {"model": self.model.state_dict(), "optimizer": optimizer["state"]}
         return tree | ({"ema": self.ema.averages} if self.ema is not None else {})
 
-    def load(self, path: Path) -> int:
-        """Become what a checkpoint holds. Returns the number of train clips that there were."""
+    def load(self, path: Path) -> dict[str, int]:
+        """Become what a checkpoint's tensors hold. Returns its numbers."""
         optimizer = get_optimizer_state_dict(self.model, self.optimizers)
         numbers = load_checkpoint(path, self.tensors() | {"optimizer": optimizer["state"]})
         set_optimizer_state_dict(self.model, self.optimizers, optimizer)
-        self.step, self.samples = numbers["step"], numbers["samples"]
-        return numbers["clips"]
+        self.step = numbers["step"]
+        return numbers
 
     def averaged(self) -> AbstractContextManager[None]:
         """The model carries the averaged weights inside the block, where there are any."""
@@ -186,7 +209,7 @@ def _prepared(model: nn.Module, recipe: Recipe) -> nn.Module:
 
 
 def _forward_backward(
-    recipe: Recipe, engine: Engine, state: TrainState, trainee: nn.Module, encoder: Encoder, clips: Iterator[Any]
+    recipe: Recipe, engine: Engine, state: TrainState, trainee: nn.Module, encoder: Encoder, clips: Sequence[Any]
 ) -> tuple[list[tuple[list[str], Loss]], Tensor]:
     """The micro-steps of one optimizer step, and the clipped gradient's norm before clipping.
 
@@ -196,8 +219,7 @@ def _forward_backward(
     # Dropout, where a model has it, is the one thing that draws from the global generator
     torch.manual_seed(seed_of(recipe.seed, "dropout", state.step, engine.rank))
     done = []
-    for micro in range(recipe.accumulate):
-        raw = next(clips)
+    for micro, raw in enumerate(clips):
         draw = Draw(recipe.seed, "train", raw.samples, engine.device)
         batch = encoder.batch(raw, draw)
         with engine.accumulating(trainee, last=micro == recipe.accumulate - 1):
@@ -239,12 +261,11 @@ def _validate(
     size = min(len(source), VALIDATION_CLIPS)
     if size < engine.world:
         raise ValueError(f"data: {size} val clips are too few for {engine.world} processes; recipe.validate_every = 0")
-    batch_size = min(recipe.batch_size, size // engine.world)  # leaves no process without a batch
     totals: dict[str, Tensor] = {}
     count = torch.zeros((), device=engine.device)
     state.model.eval()
     with torch.no_grad(), state.averaged():
-        for raw in source.loader(iterate_once(size, batch_size, engine.rank, engine.world)):
+        for raw in source.loader(iterate_once(source.groups[:size], recipe.batch_size, engine.rank, engine.world)):
             draw = Draw(recipe.seed, "validate", raw.samples, engine.device)
             batch = encoder.batch(raw, None)
             with torch.autocast(engine.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
@@ -266,12 +287,12 @@ def _preview(
     if not every or not (due or state.step % every == 0):
         return
     if engine.main:
-        num = min(recipe.num_samples, len(source))
-        raw = next(islice(source.loader(iterate_once(num, num)), 1))
+        group = source.groups[0]  # samples are drawn at one shape; clips beside them are of one bucket
+        shown = [i for i, g in enumerate(source.groups) if g == group][: recipe.num_samples]
+        raw = next(iter(source.loader([[(i, i) for i in shown]])))
         with state.averaged():
-            videos = preview(
-                generator, generator.encoder.batch(raw, None), Draw(recipe.seed, "preview", range(num), engine.device)
-            )
-        real = source.videos(range(num))
+            batch = generator.encoder.batch(raw, None)
+            videos = preview(generator, batch, Draw(recipe.seed, "preview", shown, engine.device))
+        real = like(source.videos(shown), videos)
         write_grid(run.samples / f"{state.step:08d}", [list(real), list(videos)], recipe.data.fps or 8)
     engine.barrier()
