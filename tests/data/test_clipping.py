@@ -20,7 +20,8 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from media_cases import B_FRAMES, CASES, IRREGULAR, VIDEOS, encode, numbers_of, painted
+from bar_codes import numbers_of, painted
+from media_cases import B_FRAMES, CASES, IRREGULAR, VIDEOS, encode
 from media_cases import make as make_case
 
 from mutoscope.data import clipping

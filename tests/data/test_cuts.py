@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bar_codes import numbers_of, painted
 from hypothesis import given
 from hypothesis import strategies as st
-from media_cases import numbers_of, painted
 
 from mutoscope.data import cuts
 from mutoscope.data.clipping import clip

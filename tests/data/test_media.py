@@ -12,10 +12,11 @@ from typing import IO, Any
 import fsspec
 import numpy as np
 import pytest
+from bar_codes import numbers_of
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
-from media_cases import CASES, make, numbers_of
+from media_cases import CASES, make
 
 from mutoscope.data import media as media_module
 from mutoscope.data.media import Media

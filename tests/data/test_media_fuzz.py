@@ -16,7 +16,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from media_cases import CASES, make, number_of
+from bar_codes import number_of
+from media_cases import CASES, make
 
 from mutoscope.data.video import VideoError, probe, read_frames
 

@@ -71,7 +71,7 @@ def make_store(root: Path, count: int = 10, manifest: Manifest = MANIFEST) -> La
         with ShardWriter(root / "video", item.place // manifest.shard_items) as writer:
             writer.append(item.key, moments_of(item.place))
     with ShardWriter(root / "text", 0) as writer:
-        for length, caption in enumerate(dict.fromkeys(all_captions(items))):
+        for length, caption in enumerate(dict.fromkeys(all_captions(items, False))):
             writer.append(text_key(caption), torch.full((length, 3), float(length)).bfloat16())
     write_items(root, items)
     write_manifest(root, manifest)

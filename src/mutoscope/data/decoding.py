@@ -73,7 +73,7 @@ def opened(media: Media, deadline: Deadline) -> Iterator[tuple[InputContainer, V
             codec = stream.codec_context
             if codec.width * codec.height > MAX_PIXELS:
                 raise VideoError(f"{media}: frames of {codec.width} × {codec.height} are too large to be decoded")
-            # Half of the damage that the JPEG decoder notices it patches with an older frame, unless it is told to stop.
+            # The JPEG decoder patches half of the damage that it notices with an older frame, unless told to stop.
             codec.options = limits | ({"err_detect": "explode"} if codec.name == "mjpeg" else {})
             codec.thread_count = 1  # More threads cost 20-25 % more CPU; workers are parallel already.
             yield container, stream
@@ -105,7 +105,7 @@ def decode_from_keyframe(
     start, started, first = None, False, False
     codec = stream.codec_context
     # A frame that no other is built on need not be decoded unless it is wanted. H.264 marks them without fail.
-    skip = wanted is not None and codec.name == "h264"
+    skip = codec.name == "h264"
     left = None if wanted is None else set(wanted)
     built_on_others = (P, B, 0) if codec.name in MPEG else (P, B)
     for packet in container.demux(stream):

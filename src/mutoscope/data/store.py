@@ -4,6 +4,7 @@
     STORE/items.jsonl     one line for each clip: id, key, place, split, captions, label, bucket, set
     STORE/video/          shards of moments or tokens, by the clip's key
     STORE/text/           shards of embeddings, by caption, each caption once
+    STORE/image/          shards of first frames, uint8, by the clip's key, for models that start from an image
 
 A clip's key is a hash of its content, the transform and the autoencoder's weights, and its place is fixed when the clip
 is first seen: place // `shard_items` is its shard. So work is divided without a queue, a resumed job makes the same
@@ -22,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import xxhash
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -80,6 +81,8 @@ class Text:
     length: int
     """Positions that embeddings are padded to."""
     dim: int
+    has_null: bool = False
+    """Whether the embedding of "" is there for captions that are dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,8 @@ class Manifest:
     stats: LatentStats | None = None
     """None for tokens, and until the first encode is complete; never changed after."""
     shard_items: int = 64
+    images: bool = False
+    """Whether first frames are stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +132,8 @@ class StoredClip:
     """(c or 2c, t, h, w) in the store's dtype; or tokens, int64 (t, h, w)."""
     captions: Variants
     label: int
+    image: UInt8[Tensor, "1 h w 3"] | None = None
+    """The first frame, where the store has it."""
 
 
 def transform_of(data: Data) -> dict[str, Any]:
@@ -149,9 +156,13 @@ class LatentStore:
         self.items = read_items(self.root)
         self._video = Shards(self.root / "video")
         self._text = Shards(self.root / "text")
+        self._image = Shards(self.root / "image") if self.manifest.images else None
         missing = [item.id for item in self.items if item.key not in self._video]
+        if self._image is not None:
+            missing += [item.id for item in self.items if item.key not in self._image]
         if self.manifest.text:
-            missing += [repr(c) for c in dict.fromkeys(all_captions(self.items)) if text_key(c) not in self._text]
+            captions = dict.fromkeys(all_captions(self.items, self.manifest.text.has_null))
+            missing += [repr(c) for c in captions if text_key(c) not in self._text]
         if missing:
             raise StoreError(f"{self.root}: {len(missing)} clips or captions are not encoded yet (first: "
                              f"{missing[0]}): run the same `mutoscope encode` again to go on from there")  # fmt: skip
@@ -171,7 +182,8 @@ class LatentStore:
         moments = self._video.read(item.key)
         if self.manifest.kind == "tokens":
             moments = moments.long()
-        return StoredClip(id=item.id, moments=moments, captions=item.captions, label=item.label)
+        image = None if self._image is None else self._image.read(item.key)
+        return StoredClip(id=item.id, moments=moments, captions=item.captions, label=item.label, image=image)
 
     def text(self, caption: str) -> Tensor:
         """The caption's embeddings (l, d), without padding."""
@@ -188,7 +200,8 @@ class LatentStore:
             embedded = self.text(caption)
             text[row, : len(embedded)] = embedded.float()
             mask[row, : len(embedded)] = True
-        return Cond(text=text, text_mask=mask)
+        null = self.text("").float().expand_as(text) if about.has_null else None
+        return Cond(text=text, text_mask=mask, null_text=null)
 
     def check(self, asked: Manifest) -> None:
         """Raise StoreError, with both sides' values, unless the store was made the way that `asked` says."""
@@ -207,6 +220,8 @@ class StoredClips:
     cond: Cond
     """The captions' embeddings, where the store has them."""
     labels: Int[Tensor, "b"]
+    images: UInt8[Tensor, "b 1 h w 3"] | None = None
+    """First frames, where the store has them."""
 
 
 class StoredSplit(Dataset[tuple[int, StoredClip]]):
@@ -239,6 +254,7 @@ class StoredSplit(Dataset[tuple[int, StoredClip]]):
 
     def collate(self, clips: Sequence[tuple[int, StoredClip]]) -> StoredClips:
         """Clips joined along the batch, with their captions' embeddings."""
+        images = [clip.image for _, clip in clips if clip.image is not None]
         captions = [choose(clip.captions, self.seed, sample) for sample, clip in clips]
         return StoredClips(
             ids=[clip.id for _, clip in clips],
@@ -247,11 +263,14 @@ class StoredSplit(Dataset[tuple[int, StoredClip]]):
             captions=captions,
             cond=self.store.cond(captions),
             labels=torch.tensor([clip.label for _, clip in clips]),
+            images=torch.stack(images) if images else None,
         )
 
 
-def all_captions(items: Iterable[StoredItem]) -> Iterator[str]:
-    """Every caption that a clip may get, with repeats; the empty one for a clip that has none."""
+def all_captions(items: Iterable[StoredItem], has_null: bool) -> Iterator[str]:
+    """Every caption that a clip may get, with repeats; the empty one for a clip that has none, and with `has_null`."""
+    if has_null:
+        yield ""
     for item in items:
         yield from [caption for _, group in item.captions for caption in group] or [""]
 
@@ -274,7 +293,8 @@ def check_manifest(root: Path, stored: Manifest, asked: Manifest) -> None:
 def _made_by(manifest: Manifest) -> dict[str, Any]:
     text = manifest.text.identity if manifest.text else None
     made_by = {"autoencoder's weights": manifest.autoencoder_hash, "autoencoder": manifest.spec}
-    return made_by | {"dtype": manifest.dtype, "text": text} | manifest.transform
+    made_by |= {"dtype": manifest.dtype, "text": text, "first frames": manifest.images}
+    return made_by | manifest.transform
 
 
 def text_key(caption: str) -> str:

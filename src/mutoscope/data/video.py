@@ -28,6 +28,7 @@ from mutoscope.data.seeking import FrameIndex, Packets, decode, packets_of
 from mutoscope.files import replacing
 
 __all__ = [
+    "Clock",
     "FrameIndex",
     "VideoError",
     "VideoInfo",
@@ -207,8 +208,9 @@ def resize(
     (1, 1) the bottom right corner; pad: scale until both sides fit and centre on black; squash: scale each side by
     itself. Frames of the right size come back as they are.
 
-    Computed in integers (torch's kernel for bytes), at a tenth of the cost of floats and within 1/255 of them: each of
-    the two passes rounds by 1/2 at most. Raises ValueError for a size below 1 or a place outside [0, 1].
+    Computed in integers (torch's kernel for bytes), at a tenth of the cost of floats, the same on every CPU, and within
+    1/255 of floats: each of the two passes rounds by 1/2 at most. Raises ValueError for a size below 1 or a place
+    outside [0, 1].
     """
     old_height, old_width = frames.shape[1:3]
     if height < 1 or width < 1 or not all(0 <= p <= 1 for p in place):
