@@ -3,10 +3,11 @@
     python -m benchmarks.clip_loader [--peer CHECKOUT_OF_COGVIDEOX_FACTORY] [--musubi CHECKOUT_OF_MUSUBI_TUNER]
 
 Batches of 4 clips, each the whole of a file, by 2 workers. Ours is `VideoDataset` and `make_loader`, with the
-conversion to floats in [-1, 1] that the training loop does afterwards. cogvideox-factory's is its
-`VideoDatasetWithResizing`, once in a DataLoader with 2 workers (the headline) and once with the `BucketSampler` as in
-its trainer, which decodes in the main process. musubi-tuner's is the video dataset of its `cache_latents`, which works
-in 2 threads, with that script's conversion. All give the same pixels, which is checked first.
+conversion to floats in [-1, 1] that the training loop does afterwards (where there is a GPU, there: a row is without
+it). cogvideox-factory's is its `VideoDatasetWithResizing`, once in a DataLoader with 2 workers (the headline) and once
+with the `BucketSampler` as in its trainer, which decodes in the main process. musubi-tuner's is the video dataset of
+its `cache_latents`, which works in 2 threads, with that script's conversion. All give the same pixels, which is checked
+first.
 
 Every side is measured when its workers run and its queues are full, and the next once they are full again, so that what
 workers do ahead counts neither for nor against it. CPU seconds are those of all processes of a side.
@@ -31,7 +32,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -48,8 +48,10 @@ AHEAD = 2 * WORKERS
 VIDEOS, NAMES = 16, 400
 """Different videos, and names of them: too many for our memory of the latest files' timestamps to be of use."""
 BATCHES, REPEATS = 8, 5
+FACTORY = "factory, 2 workers"
 
-Batches = Iterator[Float[Tensor, "b c t h w"]]
+Batches = Iterator[Tensor]
+"""(b, c, t, h, w), float32, in [-1, 1]."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Case:
     height: int
     width: int
 
+
+Make = Callable[[Path, Case], Batches]
 
 SAME, RESIZED = Case("32x256x256", 32, 256, 256), Case("32x480x720 to 256x256", 32, 480, 720)
 FOR_MUSUBI = Case("33x256x256", 33, 256, 256)
@@ -109,7 +113,7 @@ def main() -> None:
     parser.add_argument("--musubi", type=Path, help=f"a checkout of {MUSUBI}")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    peers: dict[Case, list[tuple[str, Callable[[Path, Case], Batches]]]] = {SAME: [], RESIZED: []}
+    peers: dict[Case, list[tuple[str, Make]]] = {SAME: [], RESIZED: []}
     if arguments.peer is not None:
         dataset = factory_dataset(arguments.peer)
         sampled = functools.partial(factory_batches, dataset, bucket_sampler=True)
@@ -127,18 +131,20 @@ def main() -> None:
             root = make_files(Path(folder) / case.name.replace(" ", "_"), case)
             for name, pairs, cells in compare(root, case, theirs):
                 rows.append([f"{case.name}: {name}", *cells])
-                headline = headline or (pairs if name != "ours" else [])
+                headline = headline or (pairs if name == FACTORY else [])
     table(["", "CPU ms a clip", "ratio", "clips a second", "ratio"], rows)
     last_line("clip_loader", PEER, headline)
 
 
 def compare(
-    root: Path, case: Case, peers: list[tuple[str, Callable[[Path, Case], Batches]]]
+    root: Path, case: Case, peers: list[tuple[str, Make]]
 ) -> Iterator[tuple[str, list[tuple[float, float]], list[str]]]:
     """Each side's name, (ours, its) CPU seconds of each repeat, and its cells of the table; ours is the first."""
-    sides = [start("ours", our_batches, root, case), *(start(name, make, root, case) for name, make in peers)]
+    as_bytes = functools.partial(our_batches, floats=False)
+    makers = [("ours", our_batches), *peers, ("ours, left as bytes", as_bytes)]
+    sides = [start(name, make, root, case) for name, make in makers]
     ours = sides[0]
-    for side in sides[1:]:
+    for side in sides[1:-1]:
         check_equal(ours.first, side.first, case, f"{case.name}: {side.name}")
     taken = [{side.name: side.measure() for side in sides} for _ in range(REPEATS)]
     for side in sides:
@@ -151,7 +157,7 @@ def compare(
         yield side.name, pairs, cells
 
 
-def start(name: str, make: Callable[[Path, Case], Batches], root: Path, case: Case) -> Side:
+def start(name: str, make: Make, root: Path, case: Case) -> Side:
     """A side with its workers running."""
     before = {process.pid for process in multiprocessing.active_children()}
     batches = make(root, case)
@@ -186,7 +192,7 @@ def make_files(root: Path, case: Case) -> Path:
 # ---- the sides: each gives batches in the order of the files, more than are measured
 
 
-def our_batches(root: Path, case: Case) -> Batches:
+def our_batches(root: Path, case: Case, floats: bool = True) -> Batches:
     data = Data(
         root=str(root), layout="line_paired", val_fraction=0,
         frames=case.frames, height=SIDE, width=SIDE, resize="squash",
@@ -194,7 +200,7 @@ def our_batches(root: Path, case: Case) -> Batches:
     places = cycle(range(NAMES))
     batches = ([(next(places), n * BATCH + k) for k in range(BATCH)] for n in count())
     for clips in make_loader(VideoDataset(data, "train", seed=0), batches, WORKERS):
-        yield to_pixels(clips.video)
+        yield to_pixels(clips.video) if floats else clips.video
 
 
 def factory_dataset(checkout: Path) -> Any:

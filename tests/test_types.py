@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def same(a: Cond, b: Cond) -> bool:
     """Whether two conditions hold the same bits."""
     return all(
         torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x is y
-        for x, y in ((a.text, b.text), (a.text_mask, b.text_mask), (a.label, b.label))
+        for x, y in ((getattr(a, f.name), getattr(b, f.name)) for f in fields(Cond))
     )
 
 
@@ -140,3 +140,30 @@ def test_conditions_move_whole() -> None:
     cond = replace(captions(2, 3), label=torch.tensor([4, 1])).to(torch.device("meta"))
     assert cond.text is not None and cond.text_mask is not None and cond.label is not None
     assert {t.device.type for t in (cond.text, cond.text_mask, cond.label)} == {"meta"}
+
+
+def test_a_dropped_caption_can_be_an_empty_one_and_known_frames_stay() -> None:
+    text = captions(2, 3)
+    assert text.text is not None
+    cond = replace(text, null_text=torch.full_like(text.text, 0.5), known=torch.ones(2, 4, 3, 2, 2))
+    after = cond.dropped(torch.tensor([True, False]))
+    assert after.text is not None and after.text[0].eq(0.5).all() and torch.equal(after.text[1], text.text[1])
+    assert same(replace(after, text=cond.text), cond), "also the mask: the empty caption is there to be seen"
+    assert same(after.dropped(torch.tensor([True, False])), after)
+    with pytest.raises(ValueError, match="null_text needs text"):
+        Cond(null_text=cond.null_text)
+
+
+def test_known_frames_are_left_out_by_themselves() -> None:
+    cond = replace(captions(2, 3), known=torch.ones(2, 4, 3, 2, 2))
+    after = cond.without_known(torch.tensor([True, False]))
+    assert after.known is not None and after.known[0].eq(0).all() and after.known[1].eq(1).all()
+    assert same(replace(after, known=cond.known), cond)
+    assert same(Cond().without_known(torch.tensor([True])), Cond())
+
+
+def test_known_frames_and_empty_captions_go_with_their_samples() -> None:
+    filled = lambda value: {"null_text": torch.full((1, 2, 3), value), "known": torch.full((1, 4, 3, 2, 2), value)}
+    parts = [replace(captions(2), **filled(value)) for value in (0.0, 1.0, 2.0)]
+    joined = Cond.stack(parts)
+    assert all(same(joined.rows(slice(i, i + 1)), part) for i, part in enumerate(parts))

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mutoscope.weights import hash_weights, load_strict, read_weights, save_weights
+from mutoscope.weights import hash_weights, load_file, load_strict, read_weights, save_weights
 
 
 def network(width: int = 3, seed: int = 0) -> nn.Sequential:
@@ -118,3 +118,25 @@ def test_allowed_keys_are_reported_and_an_empty_match_is_an_error() -> None:
         load_strict(
             module, {"x": torch.zeros(1)}, "FILE", allow_missing=list(module.state_dict()), allow_unexpected=["x"]
         )
+
+
+def test_a_file_is_loaded_a_tensor_at_a_time_as_strictly(tmp_path: Path) -> None:
+    path, source = tmp_path / "w.safetensors", network(seed=1)
+    save_weights(path, source.state_dict())
+    module = network()
+    before = hash_weights(module)
+    assert len(load_file(module, path).matched) == 7 and hash_weights(module) == hash_weights(source) != before
+    save_file({"0.weight": torch.zeros(3, 2), "x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other.safetensors: these weights are not of this Sequential: 1 of 7 keys"):
+        load_file(module, tmp_path / "other.safetensors")
+    assert hash_weights(module) == hash_weights(source)
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"w.safetensors: damaged: its tensors hash to"):
+        load_file(module, path)
+    os.truncate(path, 100)
+    with pytest.raises(ValueError, match="damaged, or not a safetensors file"):
+        load_file(module, path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_file(module, tmp_path / "v.safetensors")

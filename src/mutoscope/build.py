@@ -3,35 +3,56 @@ and estimates alike."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from mutoscope.autoencoders.cogvideox import autoencoder_spec, scaling_stats
 from mutoscope.autoencoders.pretrained import load_autoencoder
 from mutoscope.data.store import LatentStats
 from mutoscope.encoder import Encoder
 from mutoscope.recipe import Autoencoder, Recipe, load_recipe
+from mutoscope.run import Run
+from mutoscope.training.lora import add_lora, load_adapter_state
 from mutoscope.types import PIXELS, LatentSpec, ModelIO
+from mutoscope.weights import load_file, read_weights
 
 
 def build_encoder(
     recipe: Recipe, device: torch.device, stats: LatentStats | None = None, trust_code: bool = False
 ) -> Encoder:
-    """The recipe's autoencoder and text encoder, loaded; `trust_code` as in `load_recipe`, for the autoencoder's run.
+    """The recipe's autoencoder and text encoder; those of a checkpoint are loaded when they are needed.
+
+    trust_code: as in `load_recipe`, for the autoencoder's run.
 
     Raises FileNotFoundError, with the command that makes it, where the autoencoder's run is not there.
     """
-    autoencoder = load_autoencoder(recipe.autoencoder, trust_code=trust_code) if recipe.autoencoder else None
-    text = recipe.text.build() if recipe.text else None
-    dtype = recipe.autoencoder.dtype if recipe.autoencoder else "fp32"
-    return Encoder(autoencoder, stats=stats, text=text, dtype=dtype, device=device)
+    config, load_text = recipe.autoencoder, recipe.text.build if recipe.text else None
+    if config is None:
+        return Encoder(stats=stats, load_text=load_text, device=device)
+    load = partial(load_autoencoder, config, trust_code=trust_code)
+    if config.recipe is not None:  # a run's own is small: what is wrong with it is told at once
+        return Encoder(load(), stats=stats, load_text=load_text, dtype=config.dtype, device=device)
+    return Encoder(
+        load,
+        spec=latent_spec(config),
+        stats=scaling_stats(config.path),
+        load_text=load_text,
+        first_frame=recipe.first_frame,
+        dtype=config.dtype,
+        device=device,
+    )
 
 
 def latent_spec(autoencoder: Autoencoder | None) -> LatentSpec:
     """The spec of an autoencoder without its weights: by the recipe of its run, or by the one that would make it."""
     if autoencoder is None:
         return PIXELS
+    if autoencoder.recipe is None:
+        return autoencoder_spec(autoencoder.path)
     made = Path(autoencoder.path) / "recipe.toml"
     recipe = load_recipe(str(made) if made.exists() else autoencoder.recipe)
     with torch.device("meta"):
@@ -58,6 +79,28 @@ def model_io(recipe: Recipe, spec: LatentSpec | None = None) -> ModelIO:
 
 
 def build_model(recipe: Recipe, spec: LatentSpec | None = None) -> nn.Module:
-    """The recipe's network, with fresh weights that hang on the recipe's seed alone."""
+    """The recipe's network, with fresh weights that hang on the recipe's seed alone, or with its checkpoint's."""
     torch.manual_seed(recipe.seed)
     return recipe.model.build(model_io(recipe, spec))
+
+
+def build_trainee(recipe: Recipe, spec: LatentSpec | None = None) -> nn.Module:
+    """The network as its training begins: with the weights of `init_from`, under adapters where the recipe has some."""
+    model = build_model(recipe, spec)
+    if recipe.init_from is not None:
+        load_file(model, Run(Path(recipe.init_from)).weights)
+    if recipe.lora is not None:
+        add_lora(model, recipe.lora, recipe.seed)
+    return model
+
+
+def build_trained(run: Run, spec: LatentSpec | None = None) -> nn.Module:
+    """The network of a finished run, its weights loaded strictly."""
+    recipe = run.recipe
+    if recipe.lora is not None:  # what it started from may be gone, and is in its own adapters
+        model = build_trainee(replace(recipe, lora=replace(recipe.lora, init_from=None, init_alpha=None)), spec)
+        load_adapter_state(model, read_weights(run.weights), source=str(run.weights))
+        return model
+    model = recipe.model.build(model_io(recipe, spec))
+    load_file(model, run.weights)
+    return model

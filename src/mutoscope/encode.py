@@ -14,7 +14,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 from multiprocessing import connection
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from mutoscope.autoencoders.pretrained import load_autoencoder
+from mutoscope.build import build_encoder
 from mutoscope.data.captions import variants
 from mutoscope.data.dataset import Item, VideoDataset, content_hash, read_item, to_pixels
 from mutoscope.data.flying_mnist import Split
@@ -48,7 +48,7 @@ from mutoscope.data.video import VideoError
 from mutoscope.encoder import Encoder, describe
 from mutoscope.errors import ConfigError, listed
 from mutoscope.progress import Bars
-from mutoscope.recipe import Autoencoder, Data, Recipe, stored_once
+from mutoscope.recipe import Data, Recipe, stored_once
 from mutoscope.types import NO_LABEL
 from mutoscope.workers import follow_parent
 
@@ -80,19 +80,20 @@ def encode(recipe: Recipe, out: Path, workers: int = 0, progress: bool = True, t
         raise ValueError("recipe.autoencoder: none, the recipe trains on pixels; there is nothing to encode")
     if problems := list(stored_once(recipe.data)):
         raise ConfigError(*problems)
-    text = recipe.text.build() if recipe.text else None
-    autoencoder = load_autoencoder(recipe.autoencoder, trust_code=trust_code)
-    encoder = Encoder(autoencoder, text=text, dtype=recipe.autoencoder.dtype)
+    recipe = recipe.model.complete(recipe)
+    assert recipe.autoencoder is not None
+    encoder = build_encoder(recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu"), trust_code=trust_code)
     for shape in recipe.data.shapes(recipe.batch_size):
         encoder.spec.latent_shape(shape.frames, shape.height, shape.width)
     with _locked(out), Bars(progress) as bar:
         manifest = _claim(out, describe(recipe, encoder))
-        del autoencoder, encoder  # loaded again when its turn comes, by whoever needs it
         found = _list(recipe.data, bar)
         items = _plan(out, recipe.data, found, manifest, bar)
-        _encode_captions(out, manifest, items, Encoder(text=text, dtype=recipe.autoencoder.dtype), bar)
-        del text
-        job = Job(out, recipe.data, recipe.autoencoder, trust_code)
+        _encode_captions(out, manifest, items, encoder, bar)
+        scale = encoder.stats
+        encoder.release()
+        del encoder  # its parts are loaded again when their turn comes, by whoever needs them
+        job = Job(out, recipe, trust_code)
         broken = _encode_clips(job, manifest, list(zip(items, (i for _, i in found), strict=True)), workers, bar)
         if broken:
             if len(broken) > recipe.data.max_broken:
@@ -105,7 +106,7 @@ def encode(recipe: Recipe, out: Path, workers: int = 0, progress: bool = True, t
         if manifest.kind == "latents" and manifest.stats is None:
             shards = Shards(out / "video")
             first = [item.key for item in items if item.split == "train"][:STATS_CLIPS]
-            stats = LatentStats.fit(map(shards.read, first), manifest.spec.channels)
+            stats = scale or LatentStats.fit(map(shards.read, first), manifest.spec.channels)
             write_manifest(out, replace(manifest, stats=stats))
     return LatentStore(out)
 
@@ -187,10 +188,15 @@ def _plan(out: Path, data: Data, found: list[tuple[Split, Item]], manifest: Mani
 # ---- captions
 
 
+def _captions_of(manifest: Manifest, items: list[StoredItem]) -> Iterable[str]:
+    """Each once, in the order of the clips."""
+    return dict.fromkeys(all_captions(items, manifest.text is not None and manifest.text.has_null))
+
+
 def _encode_captions(out: Path, manifest: Manifest, items: list[StoredItem], encoder: Encoder, bar: Bars) -> None:
     """Append the embeddings of the captions that the store lacks, in the order of the clips."""
     present = Shards(out / "text")
-    captions = [c for c in dict.fromkeys(all_captions(items)) if text_key(c) not in present]
+    captions = [c for c in _captions_of(manifest, items) if text_key(c) not in present]
     if manifest.text is None or not captions:
         return
     if encoder.embed is None:
@@ -220,9 +226,14 @@ class Job:
     """What a worker process has to know."""
 
     out: Path
-    data: Data
-    autoencoder: Autoencoder
+    recipe: Recipe
     trust_code: bool
+
+    @property
+    def dtype(self) -> str:
+        """Of stored moments."""
+        assert self.recipe.autoencoder is not None
+        return self.recipe.autoencoder.dtype
 
 
 def _encode_clips(job: Job, manifest: Manifest, work: Work, workers: int, bar: Bars) -> dict[str, str]:
@@ -249,25 +260,30 @@ def _encode_clips(job: Job, manifest: Manifest, work: Work, workers: int, bar: B
 
 def encode_shards(job: Job, shards: Iterable[tuple[int, Work]], device: str, tell: Tell) -> None:
     """Decode, encode and append the clips of some shards. Only this process may write them meanwhile."""
-    autoencoder = load_autoencoder(job.autoencoder, trust_code=job.trust_code)
-    encoder = Encoder(autoencoder, dtype=job.autoencoder.dtype, device=device)
+    encoder = build_encoder(job.recipe, torch.device(device), trust_code=job.trust_code)
     stored_as = token_dtype(encoder.spec.vocab) if encoder.spec.vocab else encoder.dtype
     for shard, work in shards:
-        with ShardWriter(job.out / "video", shard) as writer:
+        with ShardWriter(job.out / "video", shard) as writer, _images(job, shard) as images:
             for stored, item in work:
                 try:
-                    video = read_item(item, job.data, 0, 0, augment=False)
+                    video = read_item(item, job.recipe.data, 0, 0, augment=False)
                 except VideoError as error:
                     tell(Failure(stored.key, str(error)))
                     continue
                 moments = encoder.moments(to_pixels(video[None].to(encoder.device)))[0]
                 if moments.is_floating_point() and not moments.isfinite().all():
-                    reason = (f"{item.id}: its latents are not finite in {job.autoencoder.dtype}; "
+                    reason = (f"{item.id}: its latents are not finite in {job.dtype}; "
                               "set autoencoder.dtype to fp32, or look at the clip")  # fmt: skip
                     tell(Failure(stored.key, reason))
                     continue
+                if images is not None and stored.key not in images.keys:  # a kill may have come between the two
+                    images.append(stored.key, video[:1])
                 writer.append(stored.key, moments.to(stored_as))
                 tell(None)
+
+
+def _images(job: Job, shard: int) -> AbstractContextManager[ShardWriter | None]:
+    return ShardWriter(job.out / "image", shard) if job.recipe.first_frame else nullcontext()
 
 
 def _in_processes(job: Job, shards: list[tuple[int, Work]], workers: int, tell: Tell) -> None:

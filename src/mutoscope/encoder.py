@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from mutoscope.checkpoints import hash_part
 from mutoscope.data.buckets import Pool, make_pools
 from mutoscope.data.dataset import Clips, VideoDataset, make_loader, to_pixels, to_uint8
 from mutoscope.data.flying_mnist import Split
@@ -31,11 +33,9 @@ from mutoscope.data.store import (
     transform_of,
 )
 from mutoscope.randomness import Draw
-from mutoscope.recipe import Recipe
-from mutoscope.types import PIXELS, Batch, Cond, LatentSpec
+from mutoscope.recipe import Autoencoder, Recipe
+from mutoscope.types import DTYPES, PIXELS, Batch, Cond, LatentSpec
 from mutoscope.weights import hash_weights
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Encoder:
@@ -43,35 +43,68 @@ class Encoder:
 
     def __init__(
         self,
-        autoencoder: nn.Module | None = None,
+        autoencoder: nn.Module | Callable[[], nn.Module] | None = None,
         *,
+        spec: LatentSpec | None = None,
         stats: LatentStats | None = None,
         text: Callable[[list[str]], Cond] | None = None,
+        load_text: Callable[[], Callable[[list[str]], Cond]] | None = None,
+        first_frame: bool = False,
         dtype: str = "fp32",
         device: torch.device | str = "cpu",
     ) -> None:
-        """autoencoder: None for pixels, which all methods then pass through. stats: of its latents; tokens and pixels
-        have none. text: the text encoder, None without. dtype: fp32, bf16 or fp16, which moments and embeddings are
-        rounded to, stored or not. device: where the work is done, and where results are."""
+        """autoencoder: None for pixels, which all methods then pass through; or the function that loads it when it is
+        first needed, with its `spec`. stats: of its latents; tokens and pixels have none. text: the text encoder, None
+        without; `load_text` loads it when it is first needed. first_frame: conditions hold each clip's first frame.
+        dtype: fp32, bf16 or fp16, which moments and embeddings are rounded to, stored or not. device: where the work
+        is done, and where results are."""
         self.device = torch.device(device)
         self.dtype = DTYPES[dtype]
-        self.autoencoder = None if autoencoder is None else autoencoder.to(self.device).eval().requires_grad_(False)
-        self.spec: LatentSpec = PIXELS if autoencoder is None else autoencoder.spec  # type: ignore[assignment]
+        self.spec = spec if spec is not None else PIXELS if autoencoder is None else _spec_of(autoencoder)
         self.stats = stats
-        self.embed = text
+        self.first_frame = first_frame
+        self.is_pixels = autoencoder is None
+        self._autoencoder = self._prepared(autoencoder) if isinstance(autoencoder, nn.Module) else None
+        self._load = None if isinstance(autoencoder, nn.Module) else autoencoder
+        self._text, self._load_text = text, load_text
+
+    @property
+    def autoencoder(self) -> nn.Module | None:
+        """The autoencoder, loaded now if it has not been; None for pixels."""
+        if self._autoencoder is None and self._load is not None:
+            self._autoencoder = self._prepared(self._load())
+        return self._autoencoder
+
+    @property
+    def embed(self) -> Callable[[list[str]], Cond] | None:
+        """The text encoder, loaded now if it has not been; None without."""
+        if self._text is None and self._load_text is not None:
+            text = self._load_text()
+            self._text = self._prepared(text) if isinstance(text, nn.Module) else text
+        return self._text
+
+    def release(self) -> None:
+        """Let go of what was loaded because it was needed; it is loaded again when it is needed again."""
+        self._autoencoder = None if self._load is not None else self._autoencoder
+        self._text = None if self._load_text is not None else self._text
+
+    def _prepared(self, module: nn.Module) -> nn.Module:
+        module = module.eval().requires_grad_(False)
+        return module if self.device == _device_of(module) else module.to(self.device)
 
     @torch.no_grad()
     def moments(self, video: Float[Tensor, "b c t h w"]) -> Tensor:
         """Pixels in [-1, 1] -> moments (b, c or 2c, t, h, w) in the storage dtype, or tokens, int64 (b, t, h, w)."""
-        if self.autoencoder is None:
+        if self.is_pixels:
             return video
-        encoded = torch.cat([self.autoencoder.encode(clip) for clip in video.to(self.device).split(1)])  # type: ignore[operator]
+        encoder = self.autoencoder
+        encoded = torch.cat([encoder.encode(clip) for clip in video.to(self.device).split(1)])  # type: ignore[union-attr, operator]
         return encoded if self.spec.vocab else encoded.to(self.dtype)
 
     def latents(self, moments: Tensor, draw: Draw | None = None) -> Float[Tensor, "b c t h w"]:
         """Moments -> normalised latents, float32: drawn from the posterior, or its mean where `draw` is None or the
         moments are means alone. Raises ValueError without statistics."""
-        if self.autoencoder is None:
+        if self.is_pixels:
             return moments
         mean, std = self._stats()
         moments = moments.to(self.device).float()
@@ -83,12 +116,12 @@ class Encoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Float[Tensor, "b c t h w"]:
         """Normalised latents (b, c, t, h, w) or tokens (b, t, h, w) -> pixels in [-1, 1]."""
-        if self.autoencoder is None:
+        if self.is_pixels:
             return latents.clamp(-1, 1)
         if not self.spec.vocab:
             mean, std = self._stats()
             latents = latents.to(self.device).float() * std + mean
-        return self.autoencoder.decode(latents.to(self.device)).clamp(-1, 1)  # type: ignore[operator]
+        return self.autoencoder.decode(latents.to(self.device)).clamp(-1, 1)  # type: ignore[union-attr, operator]
 
     @torch.no_grad()
     def text(self, captions: list[str]) -> Cond:
@@ -96,28 +129,39 @@ class Encoder:
         if self.embed is None:
             return Cond()
         cond = Cond.stack([self.embed([caption]) for caption in captions])
-        rounded = cond.text if cond.text is None else cond.text.to(self.dtype).float()
-        return replace(cond, text=rounded).to(self.device)
+        rounded = lambda embedded: embedded if embedded is None else embedded.to(self.dtype).float()
+        return replace(cond, text=rounded(cond.text), null_text=rounded(cond.null_text)).to(self.device)
 
     def batch(self, clips: Clips | StoredClips, draw: Draw | None = None) -> Batch:
         """What an objective learns from, of clips as they come from files or from a store.
 
         Where there is no autoencoder, `video` is set, and `latents` to the same tensor. Embeddings come from the store
-        if it has them.
+        if it has them. `draw` is for posteriors and for the noise on the first frame; without it, neither is drawn.
         """
         if isinstance(clips, StoredClips):
-            moments = clips.moments.to(self.device)
+            moments, images = clips.moments.to(self.device), clips.images
             stored = clips.cond.text is not None
             cond = clips.cond.to(self.device) if stored else self.text(clips.captions)
         else:
-            moments = self.moments(to_pixels(clips.video.to(self.device)))
+            moments, images = self.moments(to_pixels(clips.video.to(self.device))), clips.video[:, :1]
             cond = self.text(clips.captions)
         cond = replace(cond, label=clips.labels.to(self.device))
         batch = Batch(ids=clips.ids, samples=clips.samples, cond=cond)
         if self.spec.vocab:
             return replace(batch, tokens=moments)
         latents = self.latents(moments, draw)
-        return replace(batch, latents=latents, video=latents if self.autoencoder is None else None)
+        if self.first_frame:
+            assert images is not None
+            batch = replace(batch, cond=replace(cond, known=self.known(images, latents.shape[2], draw)))
+        return replace(batch, latents=latents, video=latents if self.is_pixels else None)
+
+    @torch.no_grad()
+    def known(self, images: UInt8[Tensor, "b 1 h w 3"], frames: int, draw: Draw | None) -> Float[Tensor, "b c t y x"]:
+        """First frames as `Cond.known` of videos of t = `frames` latents: zero but for the first. With `draw` they are
+        noised, as image-to-video models are trained: the noise is drawn anew for stored clips, too."""
+        image = to_pixels(images.to(self.device))
+        latents = self.autoencoder.image_latents(image, draw)  # type: ignore[union-attr, operator]
+        return torch.nn.functional.pad(latents, (0, 0, 0, 0, 0, frames - 1))
 
     def fit_stats(self, clips: Iterable[UInt8[Tensor, "t h w c"]]) -> None:
         """Take the latents' statistics from clips: those that `mutoscope encode` takes, if these are its first
@@ -130,6 +174,17 @@ class Encoder:
             raise ValueError("the latents' mean and standard deviation are not known: give stats, or call fit_stats")
         shape = lambda values: torch.tensor(values, device=self.device).view(-1, 1, 1, 1)
         return shape(self.stats.mean), shape(self.stats.std)
+
+
+def _spec_of(autoencoder: Any) -> LatentSpec:
+    spec: LatentSpec = autoencoder.spec
+    return spec
+
+
+def _device_of(module: nn.Module) -> torch.device | None:
+    """Where a module is: fake tensors, on which estimates are made, do not let it be moved, not even to where it is."""
+    parameter = next(module.parameters(), None)
+    return None if parameter is None else parameter.device
 
 
 class Source:
@@ -190,26 +245,35 @@ def open_source(recipe: Recipe, encoder: Encoder, split: Split) -> Source:
         encoder.stats = encoder.stats or store.manifest.stats
         return Source(StoredSplit(store, split, recipe.seed), encoder)
     dataset = VideoDataset(recipe.data, split, recipe.seed)
-    if encoder.stats is None and encoder.autoencoder is not None and not encoder.spec.vocab:
+    if encoder.stats is None and not encoder.is_pixels and not encoder.spec.vocab:
         train = dataset if split == "train" else VideoDataset(recipe.data, "train", recipe.seed)
         encoder.fit_stats(train.read(i, i).video for i in range(min(len(train), STATS_CLIPS)))
     return Source(dataset, encoder)
 
 
 def describe(recipe: Recipe, encoder: Encoder) -> Manifest:
-    """The manifest of a new store of what `encoder` makes of the recipe's clips."""
-    if encoder.autoencoder is None:
+    """The manifest of a new store of what `encoder` makes of the recipe's clips. Loads neither of its parts, where they
+    are a checkpoint's."""
+    if recipe.autoencoder is None:
         raise ValueError("the recipe has no autoencoder: it trains on pixels, and there are no latents to store")
     text = None
     if recipe.text is not None:
-        embedded = encoder.text([""]).text
-        assert embedded is not None
-        text = Text(identity=recipe.text.identity, length=embedded.shape[1], dim=embedded.shape[2])
+        about = recipe.text
+        text = Text(identity=about.identity, length=about.length, dim=about.dim, has_null=about.has_null)
     return Manifest(
         kind="tokens" if encoder.spec.vocab else "latents",
-        autoencoder_hash=hash_weights(encoder.autoencoder),
+        autoencoder_hash=autoencoder_hash(recipe.autoencoder, encoder),
         spec=encoder.spec,
         transform=transform_of(recipe.data),
         dtype=str(encoder.dtype).removeprefix("torch."),
         text=text,
+        images=recipe.first_frame,
     )
+
+
+def autoencoder_hash(config: Autoencoder, encoder: Encoder) -> str:
+    """Hash of an autoencoder's weights, and of what else decides what it makes of a clip."""
+    if config.recipe is None:
+        return f"{hash_part(config.path, 'vae')}{' tiled' if config.tiling else ''}"
+    assert encoder.autoencoder is not None
+    return hash_weights(encoder.autoencoder)

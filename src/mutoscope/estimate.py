@@ -27,15 +27,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.flop_counter import flop_registry
 
-from mutoscope.build import model_io
+from mutoscope.autoencoders.pretrained import load_autoencoder
+from mutoscope.build import latent_spec, model_io
 from mutoscope.data.dataset import Clips
 from mutoscope.data.store import LatentStats, StoredClips
 from mutoscope.encoder import Encoder
 from mutoscope.randomness import Draw
-from mutoscope.recipe import Recipe, load_recipe
+from mutoscope.recipe import Recipe, TextConfig, load_recipe
 from mutoscope.training.ema import EMA
+from mutoscope.training.lora import add_lora
 from mutoscope.training.optimizers import build_optimizers
-from mutoscope.types import Cond, LatentSpec
+from mutoscope.types import Cond, LatentSpec, ModelIO
 
 aten = torch.ops.aten
 
@@ -90,24 +92,31 @@ def estimate(recipe: Recipe) -> Estimate:
     Raises ValueError as building the model does; FileNotFoundError or ConfigError where the recipe of its autoencoder
     is not there.
     """
-    recipe = _at_largest_bucket(recipe)
+    recipe = _at_largest_bucket(recipe.model.complete(recipe))
     io, data = model_io(recipe), recipe.data
-    text = recipe.text.build()([""]) if recipe.text else Cond()
-    autoencoder = _autoencoder_recipe(recipe)
-    with FakeTensorMode(), torch.random.fork_rng(devices=[]), _Tracker() as tracker:
-        model = recipe.model.build(io)
-        frozen = autoencoder.model.build(model_io(autoencoder)) if autoencoder else None
+    fake = FakeTensorMode()
+    with torch.random.fork_rng(devices=[]):
+        model = _network(recipe, io, fake)
+    with fake, torch.random.fork_rng(devices=[]):
+        frozen = _frozen_autoencoder(recipe)
+        tracker = _Tracker()
         tracker.tell("weights", [*model.parameters(), *model.buffers()])
         tracker.tell("autoencoder", [*frozen.parameters(), *frozen.buffers()] if frozen else [])
         stats = LatentStats(mean=(0.0,) * io.channels, std=(1.0,) * io.channels)
-        encoder = Encoder(stats=stats, text=partial(_fake_text, text))
-        if frozen is not None:  # not by the constructor: fake tensors do not let a module be moved
-            encoder.autoencoder, encoder.spec = frozen.eval().requires_grad_(False), frozen.spec  # type: ignore[assignment]
-        _train_step(recipe, model, encoder, _fake_clips(recipe, encoder), tracker)
+        encoder = Encoder(
+            frozen if recipe.autoencoder is None else lambda: frozen,  # type: ignore[arg-type, return-value]
+            spec=latent_spec(recipe.autoencoder),
+            stats=stats,
+            text=partial(_fake_text, recipe.text) if recipe.text else None,
+            first_frame=recipe.first_frame,
+        )
+        with tracker:
+            _train_step(recipe, model, encoder, _fake_clips(recipe, encoder), tracker)
 
     clip = (data.frames, data.height, data.width)
     spec: LatentSpec | None = getattr(frozen or model, "spec", None)  # of autoencoders
     grid: tuple[int, int, int] | None = getattr(model, "grid", None)  # of models over patches
+    frozen_names = {name for name, p in model.named_parameters() if not p.requires_grad}
     parameters: Counter[str] = Counter()
     for name, p in model.named_parameters():
         parameters[name.partition(".")[0]] += p.numel()
@@ -119,7 +128,7 @@ def estimate(recipe: Recipe) -> Estimate:
         vocab=spec.vocab if spec else None,
         tokens=math.prod(grid) if grid else None,
         peak_parts={part: size for part, size in tracker.peak.items() if size},
-        checkpoint_bytes=sum(t.nbytes for t in model.state_dict().values())
+        checkpoint_bytes=sum(t.nbytes for name, t in model.state_dict().items() if name not in frozen_names)
         + tracker.peak["optimizer"]
         + tracker.peak["ema"],
         flops_forward=tracker.flops["forward"] * recipe.accumulate,
@@ -284,11 +293,35 @@ def _fake_bincount(values: Tensor, weights: None = None, minlength: int = 0) -> 
     return torch.empty(minlength, dtype=torch.int64)
 
 
-def _autoencoder_recipe(recipe: Recipe) -> Recipe | None:
-    if recipe.autoencoder is None:
+def _network(recipe: Recipe, io: ModelIO, fake: FakeTensorMode) -> nn.Module:
+    """The network of fake tensors. With adapters it is made of shapes alone first: PEFT moves what it makes, and fake
+    tensors do not let a module be moved."""
+    if recipe.lora is None:
+        with fake:
+            return recipe.model.build(io)
+    with torch.device("meta"):
+        model = recipe.model.build(io)
+        add_lora(model, recipe.lora, recipe.seed)
+    with fake:
+        for module in model.modules():
+            for name, p in module.named_parameters(recurse=False):
+                empty = torch.empty(p.shape, dtype=p.dtype, device="cpu")
+                module.register_parameter(name, nn.Parameter(empty, requires_grad=p.requires_grad))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu"))
+    return model
+
+
+def _frozen_autoencoder(recipe: Recipe) -> nn.Module | None:
+    """The autoencoder that is there while the model trains."""
+    config = recipe.autoencoder
+    if config is None:
         return None
-    made = Path(recipe.autoencoder.path) / "recipe.toml"
-    return load_recipe(str(made) if made.exists() else recipe.autoencoder.recipe)
+    if config.recipe is None:  # loaded when it is needed
+        return load_autoencoder(config) if recipe.first_frame or recipe.data.latents is None else None
+    made = Path(config.path) / "recipe.toml"
+    maker = load_recipe(str(made) if made.exists() else config.recipe)
+    return maker.model.build(model_io(maker))
 
 
 def _at_largest_bucket(recipe: Recipe) -> Recipe:
@@ -300,12 +333,11 @@ def _at_largest_bucket(recipe: Recipe) -> Recipe:
     return replace(recipe, data=data, batch_size=largest.batch_size)
 
 
-def _fake_text(one: Cond, captions: list[str]) -> Cond:
-    """The condition of as many captions as of `one`, in fake tensors; a text encoder's weights need not be."""
-    if one.text is None or one.text_mask is None:
-        return Cond()
-    shape = (len(captions), *one.text.shape[1:])
-    return Cond(text=torch.zeros(shape), text_mask=torch.ones(shape[:2], dtype=torch.bool))
+def _fake_text(config: TextConfig, captions: list[str]) -> Cond:
+    """The condition of so many captions, in fake tensors; a text encoder's weights need not be."""
+    text = torch.zeros(len(captions), config.length, config.dim)
+    null = torch.zeros_like(text) if config.has_null else None
+    return Cond(text=text, text_mask=torch.ones(text.shape[:2], dtype=torch.bool), null_text=null)
 
 
 def _fake_clips(recipe: Recipe, encoder: Encoder) -> Clips | StoredClips:
@@ -320,7 +352,10 @@ def _fake_clips(recipe: Recipe, encoder: Encoder) -> Clips | StoredClips:
     grid = encoder.spec.latent_shape(*clip)
     tokens, moments = (size, *grid), (size, encoder.spec.channels, *grid)
     stored = torch.zeros(tokens, dtype=torch.int64) if encoder.spec.vocab else torch.zeros(moments)
-    return StoredClips(ids=ids, samples=samples, moments=stored, captions=captions, cond=Cond(), labels=labels)
+    images = torch.zeros(size, 1, *clip[1:], 3, dtype=torch.uint8) if recipe.first_frame else None
+    return StoredClips(
+        ids=ids, samples=samples, moments=stored, captions=captions, cond=Cond(), labels=labels, images=images
+    )
 
 
 def _shape(sizes: Sequence[int]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,8 +37,13 @@ class ModelConfig:
     """The hyper-parameters of a network."""
 
     def build(self, io: ModelIO) -> nn.Module:
-        """The network, with fresh weights drawn from torch's global generator."""
+        """The network, with fresh weights drawn from torch's global generator, or with pretrained ones."""
         raise TypeError(f"{type(self).__name__} has no build method")
+
+    def complete(self, recipe: Recipe) -> Recipe:
+        """The recipe with what follows from this model's checkpoint filled in: its own text encoder, autoencoder and
+        noise schedule. Called before a recipe is used; models without a checkpoint have nothing to say."""
+        return recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +77,16 @@ class TextConfig:
     def dim(self) -> int:
         """Width of the embeddings."""
         raise TypeError(f"{type(self).__name__} has no dim")
+
+    @property
+    def length(self) -> int:
+        """Positions that embeddings are padded to."""
+        raise TypeError(f"{type(self).__name__} has no length")
+
+    @property
+    def has_null(self) -> bool:
+        """Whether a caption that is dropped is the embedding of "" and not nothing (`Cond.null_text`)."""
+        return False
 
     @property
     def identity(self) -> str:
@@ -199,11 +215,56 @@ class Autoencoder:
     """The trained autoencoder whose latents or tokens the model learns."""
 
     path: str
-    """The run directory that holds it."""
-    recipe: str
-    """The recipe that trains it: tells its shapes before it exists, and the command that makes it."""
+    """The run directory that holds it; or, where `recipe` is none, a pretrained checkpoint: a folder in diffusers'
+    format, a Hub id or tiny://NAME. Empty is the model's own checkpoint."""
+    recipe: str | None
+    """The recipe that trains it: tells its shapes before it exists, and the command that makes it. none: pretrained."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of stored and on-the-fly moments."""
+    """Precision of stored and on-the-fly moments, and of a pretrained autoencoder's weights."""
+    tiling: bool = False
+    """Work on large frames in overlapping tiles: less memory, and not quite the same latents. For pretrained ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """A low-rank update of frozen weights: W + alpha / rank · B A for each target."""
+
+    rank: int = 64
+    """Columns of B and rows of A."""
+    alpha: float | None = None
+    """The update is multiplied by alpha / rank; none takes the rank. (cogvideox-factory: 64 and 64; CogVideo's own
+    trainer: rank 128, alpha 64.)"""
+    dropout: float = 0.0
+    """Share of the inputs of A that are dropped in training."""
+    targets: str = "attention"
+    """Layers with an update: attention, attention+mlp, or a regular expression that is looked for in the names of
+    linear layers, as in "to_q|to_v"."""
+    dora: bool = False
+    """Learn the lengths of the weights' rows by themselves (DoRA)."""
+    init_from: str | None = None
+    """An adapter's file or folder to start from: diffusers', PEFT's or kohya's."""
+    init_alpha: float | None = None
+    """The alpha that init_from was trained with, where its file does not say."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora.rank={self.rank} must be at least 1")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(f"lora.alpha={self.alpha:g} must be above 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout={self.dropout:g} must be at least 0 and below 1")
+        if self.init_alpha is not None and self.init_from is None:
+            raise ValueError("lora.init_alpha is the alpha of the adapter in lora.init_from, which is not given")
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise ValueError(f"lora.targets={self.targets!r} is not a regular expression: {error}; or use attention or "
+                             "attention+mlp") from None  # fmt: skip
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,14 +285,16 @@ class Sampler:
 class Optim:
     """The optimizer and its schedule. All counts are optimizer steps."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """Muon orthogonalises the updates of the blocks' matrices; everything else is left to AdamW."""
+    name: Literal["adamw", "adamw8bit", "adamw4bit", "muon", "prodigy", "came"] = "adamw"
+    """AdamW keeps 8 bytes of state for each weight; in 8 bits 2, in 4 bits 1; CAME 4. Muon orthogonalises the updates
+    of the blocks' matrices and leaves everything else to AdamW. Prodigy (16 bytes) finds the learning rate by itself.
+    """
     lr: float = 1e-4
-    """Peak learning rate (of AdamW)."""
+    """Peak learning rate (of AdamW, in whatever precision, and CAME); Prodigy's is multiplied by it: 1 for that."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of AdamW's first and second moments."""
+    """Decay of the first and second moments."""
     eps: float = 1e-8
-    """AdamW's epsilon."""
+    """AdamW's and Prodigy's epsilon; CAME has floors of its own."""
     weight_decay: float = 0.0
     """Decoupled weight decay, on tensors of two or more dimensions."""
     muon_lr: float = 0.02
@@ -246,6 +309,13 @@ class Optim:
     """Gradients are clipped to this norm once per optimizer step; 0 turns it off."""
     max_bad_steps: int = 10
     """Steps in a row with a non-finite loss or gradient that stop the run; each is skipped."""
+    offload: bool = False
+    """Keep the optimizer's state on the CPU and take the steps there; in a single process, gradients lie there, too."""
+    release_gradients: bool = False
+    """Take each parameter's step in the backward pass, as soon as its gradient is there, and let go of that."""
+    stochastic_rounding: bool = False
+    """For weights = bf16: round each step to them at random, right on average; else the state has 2 bytes for each
+    weight besides, which complete it to fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,8 +340,14 @@ class Recipe:
     """The network."""
     objective: ObjectiveConfig
     """What is learned."""
+    first_frame: bool = False
+    """Give the model the first frame of each clip, as image to video does; it is noised anew each time."""
+    lora: Lora | None = None
+    """Train a low-rank update of the model and keep its own weights as they are; none trains all weights."""
     sampler: Sampler | None = None
     """How videos are drawn; none for models that do not generate."""
+    validation_file: str | None = None
+    """A table (JSONL, CSV, ...) of videos to draw at each sample_every: prompt, image, frames, seed, ... in columns."""
     optim: Optim = field(default_factory=Optim)
     """The optimizer and its schedule."""
     parallel: Parallel = field(default_factory=Parallel)
@@ -288,8 +364,18 @@ class Recipe:
     """fp32, or autocast to bf16 over fp32 weights."""
     ema: float = 0.0
     """Decay of the moving average of the weights that is sampled and exported; 0 turns it off."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """What the weights that are trained are kept in; those of LoRA are always fp32."""
+    quantize: Literal["none", "int8", "fp8", "nf4"] = "none"
+    """What the blocks' frozen weights are kept in under LoRA: 8 bits, or 4 and a quarter; they compute in the precision
+    of what flows through them."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
+    offload_activations: bool = False
+    """Keep on the CPU what activation checkpointing keeps: the blocks' inputs. GPUs only."""
+    offload_blocks: int = 0
+    """Keep the frozen weights of so many blocks, the last ones, on the CPU; each block's are fetched while the one
+    before computes. GPUs only."""
     compile: bool = False
     """Compile the model with torch.compile."""
     init_from: str | None = None
@@ -348,6 +434,52 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"recipe.sampler.eta: only ddim puts noise back, the method is {sampler.method}; set eta = 0"
     if optim.final_lr and optim.schedule == "constant":
         yield "recipe.optim.final_lr: a constant schedule has no end; set final_lr = 0, or schedule to linear or cosine"
+    yield from _contradictions_of_memory(recipe)
+
+
+def _contradictions_of_memory(recipe: Recipe) -> Iterator[str]:
+    optim = recipe.optim
+    if recipe.weights == "bf16" and recipe.lora is not None:
+        yield "recipe.weights: LoRA's weights are always fp32, and the others are not trained; set weights = fp32"
+    if recipe.weights == "bf16" and recipe.precision != "bf16":
+        yield "recipe.weights: bf16 weights compute in bf16; set precision = bf16, or weights = fp32"
+    if recipe.weights == "bf16" and optim.name == "muon":
+        yield "recipe.optim.name: muon trains fp32 weights; set weights = fp32, or another optimizer"
+    if recipe.quantize != "none" and recipe.lora is None:
+        yield "recipe.quantize: quantised weights cannot be trained; set recipe.lora, which trains others beside them"
+    if recipe.quantize != "none" and recipe.lora is not None and recipe.lora.dora:
+        yield "recipe.quantize: DoRA computes with the weights themselves; set lora.dora = false, or quantize = none"
+    if recipe.offload_blocks and recipe.lora is None:
+        yield "recipe.offload_blocks: is for frozen weights; set recipe.lora, which trains others beside them"
+    for name in ("offload_activations", "offload_blocks"):
+        if getattr(recipe, name) and not recipe.activation_checkpointing:
+            yield f"recipe.{name}: goes with activation checkpointing alone; set activation_checkpointing = true"
+    if optim.stochastic_rounding and recipe.weights != "bf16":
+        yield "recipe.optim.stochastic_rounding: fp32 weights need no rounding; set it to false, or weights = bf16"
+    if optim.stochastic_rounding and optim.offload:
+        yield "recipe.optim.stochastic_rounding: saves memory that optim.offload has taken off the GPU; set it to false"
+    if optim.offload and optim.name == "muon":
+        yield "recipe.optim.offload: muon's products of matrices are too slow for a CPU; set offload = false"
+    if optim.name == "prodigy" and optim.lr < 0.01:
+        yield f"recipe.optim.lr: Prodigy multiplies the rate that it finds by it, {optim.lr:g} stops it; set lr = 1"
+    if optim.name == "came" and optim.eps != Optim.eps:
+        yield "recipe.optim.eps: came has floors of its own; leave eps alone"
+    if optim.release_gradients:
+        yield from _contradictions_of_release(recipe)
+
+
+def _contradictions_of_release(recipe: Recipe) -> Iterator[str]:
+    name, optim = "recipe.optim.release_gradients", recipe.optim
+    if optim.max_grad_norm:
+        yield f"{name}: steps are taken before the norm of all gradients is known; set optim.max_grad_norm = 0"
+    if recipe.accumulate > 1:
+        yield f"{name}: gradients are not kept for a next micro-step; set accumulate = 1"
+    if recipe.parallel.strategy != "none":
+        yield f"{name}: processes average gradients before a step; set parallel.strategy = none, and no torchrun"
+    if optim.offload:
+        yield f"{name}: optim.offload takes gradients off the GPU already; set one of the two to false"
+    if optim.name in ("muon", "prodigy"):
+        yield f"{name}: {optim.name} is not for single gradients; take one of AdamW's or came"
 
 
 def _contradictions_of_set(clips: ClipSet, path: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from mutoscope.build import build_encoder, model_io
+from mutoscope.build import build_encoder, build_trained, model_io
 from mutoscope.data.dataset import to_uint8
 from mutoscope.data.video import write_video
 from mutoscope.encoder import Encoder
@@ -21,7 +21,6 @@ from mutoscope.recipe import Recipe, validate
 from mutoscope.run import Run
 from mutoscope.samplers.diffusion import sample_diffusion
 from mutoscope.types import NO_LABEL, Batch, Cond
-from mutoscope.weights import load_strict, read_weights
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,7 @@ def load_generator(folder: Path, trust_code: bool = False) -> Generator:
     recipe = run.recipe
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = build_encoder(recipe, device, run.latent_stats(), trust_code)
-    model = recipe.model.build(model_io(recipe, encoder.spec))
-    load_strict(model, read_weights(run.weights), source=str(run.weights))
+    model = build_trained(run, encoder.spec)
     return Generator(recipe=recipe, model=model.to(device).eval().requires_grad_(False), encoder=encoder)
 
 

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By the names that recipes use."""
 NO_LABEL = -1
 """The label of a sample without one; models map it to their null embedding (classifier-free guidance)."""
 

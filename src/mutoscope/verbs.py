@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -253,6 +253,29 @@ class Evaluate(OnRun):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write what a finished run trained as other tools read it, load it back, and compare the two."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """The run directory."""
+    to: Literal["diffusers", "peft", "comfyui", "full"]
+    """diffusers: for load_lora_weights. peft: for PeftModel. comfyui: kohya's keys. full: a whole checkpoint, LoRA
+    merged."""
+    out: Path | None = None
+    """The folder; RUN/exports/LAYOUT unless you say otherwise."""
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Of what is written; none keeps adapters in fp32 and full weights as the model has them."""
+    trust_code: bool = False
+    """Import the Python files in the run directory that its recipe names. They can do whatever you can."""
+
+    def run(self) -> None:
+        from mutoscope.export import export_run
+        from mutoscope.run import Run
+
+        print(export_run(Run(self.folder, trust_code=self.trust_code), self.to, self.out, self.dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demo:
     """The whole chain on generated clips, on this machine, in minutes."""
 
@@ -279,6 +302,7 @@ VERBS: dict[str, type[Any]] = {
     "train": Train,
     "sample": Sample,
     "evaluate": Evaluate,
+    "export": Export,
     "demo": Demo,
 }
 

@@ -40,10 +40,14 @@ def hash_weights(weights: nn.Module | Mapping[str, Tensor]) -> str:
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     digest = xxhash.xxh3_128()
     for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        _update(digest, name, state[name])
     return digest.hexdigest()
+
+
+def _update(digest: xxhash.xxh3_128, name: str, tensor: Tensor) -> None:
+    tensor = tensor.detach().cpu().contiguous()
+    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
@@ -108,17 +112,52 @@ def load_strict(
     Raises ValueError naming `source` and the first keys that are missing from it, unexpected in it, or of another
     shape, save those that are allowed; the module is then unchanged.
     """
-    wanted = module.state_dict()
+    shapes = {key: list(tensor.shape) for key, tensor in state.items()}
+    report = _account(module, shapes, source, allow_missing, allow_unexpected)
+    module.load_state_dict({k: state[k] for k in report.matched}, strict=False)
+    return report
+
+
+def load_file(module: nn.Module, path: Path) -> LoadReport:
+    """Load a safetensors file into a module as `read_weights` and `load_strict` would, but a tensor at a time: there is
+    no second copy of the weights.
+
+    Raises as those two; a module whose file turns out to be damaged holds what was read of it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    digest, state = xxhash.xxh3_128(), module.state_dict()
+    try:
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            expected = (file.metadata() or {}).get(HASH)
+            shapes = {name: list(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
+            report = _account(module, shapes, str(path))
+            for name in shapes:
+                tensor = file.get_tensor(name)
+                _update(digest, name, tensor)
+                state[name].copy_(tensor)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged, or not a safetensors file: {error}") from None
+    if expected is not None and digest.hexdigest() != expected:
+        raise ValueError(f"{path}: damaged: its tensors hash to {digest.hexdigest()}, written were {expected}")
+    return report
+
+
+def _account(
+    module: nn.Module,
+    shapes: Mapping[str, list[int]],
+    source: str,
+    allow_missing: Collection[str] = (),
+    allow_unexpected: Collection[str] = (),
+) -> LoadReport:
+    """What loading tensors of these shapes would do; raises ValueError as `load_strict` where it must not be done."""
+    wanted = {key: list(tensor.shape) for key, tensor in module.state_dict().items()}
     report = LoadReport(
-        matched=[k for k in wanted if k in state],
-        missing=[k for k in wanted if k not in state],
-        unexpected=[k for k in state if k not in wanted],
+        matched=[k for k in wanted if k in shapes],
+        missing=[k for k in wanted if k not in shapes],
+        unexpected=[k for k in shapes if k not in wanted],
     )
-    misshapen = [
-        f"{k} {list(state[k].shape)} for {list(wanted[k].shape)}"
-        for k in report.matched
-        if state[k].shape != wanted[k].shape
-    ]
+    misshapen = [f"{k} {shapes[k]} for {wanted[k]}" for k in report.matched if shapes[k] != wanted[k]]
     faults = {
         "missing": [k for k in report.missing if k not in allow_missing],
         "unexpected": [k for k in report.unexpected if k not in allow_unexpected],
@@ -134,5 +173,4 @@ def load_strict(
             f"{source}: these weights are not of this {type(module).__name__}: "
             f"{len(report.matched) - len(misshapen)} of {len(wanted)} keys match{told}"
         )
-    module.load_state_dict({k: state[k] for k in report.matched}, strict=False)
     return report

@@ -22,6 +22,7 @@ PAIRS = {
     ("flow", "velocity"), ("flow", "v"), ("flow", "x0"),
     ("ddpm_linear", "eps"), ("ddpm_linear", "v"), ("ddpm_linear", "x0"),
     ("ddpm_cosine", "v"), ("ddpm_cosine", "x0"),
+    ("scaled_linear", "v"), ("scaled_linear", "x0"),
     ("edm", "edm"),
 }  # fmt: skip
 OBJECTIVES = [
@@ -74,6 +75,7 @@ def cosine(u: float) -> float:
 ALPHAS_CUMPROD = {
     "ddpm_linear": alphas_cumprod([1e-4 + (0.02 - 1e-4) * i / 999 for i in range(1000)]),
     "ddpm_cosine": alphas_cumprod([min(1 - cosine((i + 1) / 1000) / cosine(i / 1000), 0.999) for i in range(1000)]),
+    "scaled_linear": alphas_cumprod([(0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * i / 999) ** 2 for i in range(1000)]),
 }
 
 

@@ -7,19 +7,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mutoscope.autoencoders.cogvideox import load_cogvideox_autoencoder
 from mutoscope.recipe import Autoencoder, load_recipe
-from mutoscope.types import ModelIO
+from mutoscope.types import DTYPES, ModelIO
 from mutoscope.weights import load_strict, read_weights
 
 
 def load_autoencoder(config: Autoencoder, *, trust_code: bool = False) -> nn.Module:
-    """The autoencoder of a finished run, on the CPU, its weights loaded strictly.
+    """The autoencoder of a finished run or of a checkpoint, on the CPU, its weights loaded strictly.
 
     trust_code: whether the run's own copies of Python files may be imported.
 
     Raises FileNotFoundError, with the command that makes it, where there is no finished run; ValueError where its
     weights are damaged or do not fit, or the run trained something else.
     """
+    if config.recipe is None:
+        return load_cogvideox_autoencoder(config.path, DTYPES[config.dtype], tiling=config.tiling)
     folder = Path(config.path)
     weights = folder / "final" / "model.safetensors"
     if not weights.is_file():

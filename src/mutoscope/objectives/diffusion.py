@@ -7,7 +7,7 @@ All arithmetic here is fp32: in bf16 the target's cancellation alone shows as a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -28,8 +28,8 @@ VALIDATION_QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 class Diffusion(ObjectiveConfig):
     """Learn to denoise. Defaults are rectified flow with logit-normal times."""
 
-    schedule: Literal["flow", "ddpm_linear", "ddpm_cosine", "edm"] = "flow"
-    """The path from data to noise."""
+    schedule: Literal["flow", "ddpm_linear", "ddpm_cosine", "scaled_linear", "edm"] = "flow"
+    """The path from data to noise. scaled_linear is a ddpm schedule, latent diffusion's and CogVideoX's."""
     prediction: Literal["velocity", "eps", "v", "x0", "edm"] = "velocity"
     """What the network predicts. velocity (ε − x0) goes with flow, eps with ddpm_linear,
     v and x0 with flow and ddpm, edm with edm."""
@@ -37,12 +37,21 @@ class Diffusion(ObjectiveConfig):
     """Distribution of training times on the flow schedule; ddpm is uniform and edm log-normal."""
     shift: float = 1.0
     """Time shift of the flow schedule (arXiv:2403.03206 eq. 23); above 1 for large videos."""
+    snr_shift_scale: float = 1.0
+    """Of the scaled_linear schedule: divides the signal-to-noise ratio of every step. 3 for CogVideoX-2b, else 1."""
+    zero_terminal_snr: bool = False
+    """Of the scaled_linear schedule: the last step is noise alone (arXiv:2305.08891), as in CogVideoX."""
     min_snr_gamma: float = 0.0
     """Min-SNR weighting (arXiv:2303.09556), 5 in the paper; 0 weighs every time alike."""
     sigma_data: float = 1.0
     """Standard deviation that EDM's preconditioning takes the latents to have; ours are normalised to 1."""
     cond_dropout: float = 0.1
     """Share of samples that train without their condition, for classifier-free guidance."""
+    known_dropout: float = 0.0
+    """Share of samples that train without the frames that are given them; CogVideoX's image to video has 0.05."""
+    temporal_patch: int = 1
+    """Latents are preceded by copies of their first until their number is a multiple of this, which the model takes
+    together: 2 for CogVideoX 1.5. Noise and loss are theirs as well; samples are cut off again."""
 
     def __post_init__(self) -> None:
         allowed = {
@@ -51,6 +60,7 @@ class Diffusion(ObjectiveConfig):
             # No eps: α falls to 5e-5, so that the first step blows the network's error up by 700, and only clipping x̂0
             # to the range of pixels (as IDDPM does) would save it. Latents have no range.
             "ddpm_cosine": ("v", "x0"),
+            "scaled_linear": ("v", "x0"),  # nor here: α may fall to 0
             "edm": ("edm",),
         }[self.schedule]
         if self.prediction not in allowed:
@@ -62,6 +72,16 @@ class Diffusion(ObjectiveConfig):
             raise ValueError(
                 f"objective: shift={self.shift} and sigma_data={self.sigma_data} must be above 0, "
                 f"min_snr_gamma={self.min_snr_gamma} at least 0, cond_dropout={self.cond_dropout} from 0 to 1"
+            )
+        if self.snr_shift_scale <= 0 or not 0 <= self.known_dropout <= 1 or self.temporal_patch < 1:
+            raise ValueError(
+                f"objective: snr_shift_scale={self.snr_shift_scale} must be above 0, "
+                f"known_dropout={self.known_dropout} from 0 to 1, temporal_patch={self.temporal_patch} at least 1"
+            )
+        if (self.snr_shift_scale != 1 or self.zero_terminal_snr) and self.schedule != "scaled_linear":
+            raise ValueError(
+                f"objective: snr_shift_scale and zero_terminal_snr are of schedule 'scaled_linear', not "
+                f"{self.schedule!r}; leave them at 1 and false"
             )
         if self.shift != 1 and self.schedule != "flow":
             raise ValueError(f"objective.shift={self.shift} shifts the flow schedule, not {self.schedule}; set it to 1")
@@ -78,6 +98,12 @@ class Diffusion(ObjectiveConfig):
                 return DDPMSchedule(betas="linear")
             case "ddpm_cosine":
                 return DDPMSchedule(betas="cosine")
+            case "scaled_linear":
+                return DDPMSchedule(
+                    betas="scaled_linear",
+                    snr_shift_scale=self.snr_shift_scale,
+                    zero_terminal_snr=self.zero_terminal_snr,
+                )
             case "edm":
                 return EDMSchedule()
 
@@ -85,7 +111,10 @@ class Diffusion(ObjectiveConfig):
         """Weighted squared error of the network's prediction, at one random time per sample."""
         drop = draw.uniform() < self.cond_dropout
         quantile = draw.uniform().clamp(1e-4, 1 - 1e-4)
-        per_sample = self._errors(model, _clean(batch), quantile, batch.cond.dropped(drop), draw)
+        cond = batch.cond.dropped(drop)
+        if cond.known is not None:
+            cond = cond.without_known(draw.uniform() < self.known_dropout)
+        per_sample = self._errors(model, _clean(batch), quantile, cond, draw)
         return Loss(total=per_sample.mean(), per_sample=per_sample.detach(), parts={})
 
     def validation_loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Loss:
@@ -101,6 +130,7 @@ class Diffusion(ObjectiveConfig):
     def _errors(self, model: nn.Module, clean: Tensor, quantile: Tensor, cond: Cond, draw: Draw) -> Float[Tensor, "b"]:
         schedule = self.noise_schedule
         t = schedule.times(quantile)
+        clean, cond = self._padded(clean), self.padded(cond, clean.shape[2])
         noise = draw.normal(*clean.shape[1:])
         alpha, sigma = (_broadcast(v, clean) for v in schedule.alpha_sigma(t))
         noisy = alpha * clean + sigma * noise
@@ -122,6 +152,23 @@ class Diffusion(ObjectiveConfig):
         c_in, c_skip, c_out = self._preconditioning(alpha, sigma)
         predicted = model(c_in * noisy, schedule.embedding(t), cond).float()
         return c_skip * noisy + c_out * predicted
+
+    def padding(self, frames: int) -> int:
+        """How many latents precede the t = `frames` of a video (see `temporal_patch`)."""
+        return -frames % self.temporal_patch
+
+    def padded(self, cond: Cond, frames: int) -> Cond:
+        """The condition of a video of t = `frames` latents, for all that the model sees. The first known frame moves to
+        the very front and zeros follow, as in CogVideoX 1.5's training and diffusers' pipeline."""
+        padding = self.padding(frames)
+        if cond.known is None or not padding:
+            return cond
+        first, rest = cond.known[:, :, :1], cond.known[:, :, 1:]
+        return replace(cond, known=torch.cat([first, torch.zeros_like(first).repeat_interleave(padding, 2), rest], 2))
+
+    def _padded(self, clean: Tensor) -> Tensor:
+        copies = clean[:, :, :1].expand(-1, -1, self.padding(clean.shape[2]), -1, -1)
+        return torch.cat([copies, clean], 2)
 
     def _preconditioning(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(c_in, c_skip, c_out): the network sees c_in·x, and x̂0 = c_skip·x + c_out·F."""

@@ -74,19 +74,31 @@ class FlowSchedule:
 class DDPMSchedule:
     """A variance-preserving chain of 1000 steps."""
 
-    betas: Literal["linear", "cosine"] = "linear"
+    betas: Literal["linear", "cosine", "scaled_linear"] = "linear"
+    """scaled_linear is latent diffusion's: linear in the square root."""
     num_steps: int = 1000
+    snr_shift_scale: float = 1.0
+    """Divides the signal-to-noise ratio of every step; above 1, more of the time is spent at high noise."""
+    zero_terminal_snr: bool = False
+    """Stretch the path so that the last step is noise alone (arXiv:2305.08891 algorithm 1)."""
 
     @cached_property
     def alphas_cumprod(self) -> Float[Tensor, "n"]:
-        """ᾱ_t for t = 0 … num_steps − 1, then 1: the clean sample is t = −1."""
+        """ᾱ_t for t = 0 … num_steps − 1, then 1: the clean sample is t = −1. fp64."""
         n = self.num_steps
         if self.betas == "linear":
             betas = torch.linspace(1e-4, 0.02, n, dtype=torch.float64) * 1000 / n
+        elif self.betas == "scaled_linear":  # arXiv:2112.10752
+            betas = torch.linspace(0.00085**0.5, 0.012**0.5, n, dtype=torch.float64).square() * 1000 / n
         else:  # arXiv:2102.09672 eq. 17, betas clipped at 0.999
             f = lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = torch.tensor([min(1 - f((i + 1) / n) / f(i / n), 0.999) for i in range(n)], dtype=torch.float64)
-        return torch.cat([torch.cumprod(1 - betas, 0), torch.ones(1, dtype=torch.float64)])
+        alpha2 = torch.cumprod(1 - betas, 0)
+        alpha2 = alpha2 / (self.snr_shift_scale + (1 - self.snr_shift_scale) * alpha2)
+        if self.zero_terminal_snr:
+            alpha = alpha2.sqrt()
+            alpha2 = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])).square()
+        return torch.cat([alpha2, torch.ones(1, dtype=torch.float64)])
 
     def times(self, quantile: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
         return (quantile * self.num_steps).floor().clamp(max=self.num_steps - 1)

@@ -40,6 +40,8 @@ def sample_diffusion(
     schedule = objective.noise_schedule
     times = schedule.grid(sampler.steps).to(draw.device)
     batch = len(draw.generators)
+    padding = objective.padding(shape[1])
+    cond = objective.padded(cond, shape[1])
     nothing = cond.dropped(torch.ones(batch, dtype=torch.bool, device=draw.device))
 
     def clean_and_noise(x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +52,7 @@ def sample_diffusion(
         return x0, (x - alpha * x0) / sigma
 
     at = [schedule.alpha_sigma(t[None]) for t in times]
-    x = at[0][1] * draw.normal(*shape)
+    x = at[0][1] * draw.normal(shape[0], padding + shape[1], *shape[2:])
     for (t, t_next), ((alpha, sigma), (alpha_next, sigma_next)) in zip(pairwise(times), pairwise(at), strict=True):
         x0, noise = clean_and_noise(x, t, alpha, sigma)
         if sampler.method == "ddim" and sampler.eta:
@@ -61,11 +63,11 @@ def sample_diffusion(
                 * (1 - (alpha * sigma_next / (alpha_next * sigma)).square()).clamp(min=0).sqrt()
             )
             down = (sigma_next.square() - up.square()).clamp(min=0).sqrt()
-            x = alpha_next * x0 + down * noise + up * draw.normal(*shape)
+            x = alpha_next * x0 + down * noise + up * draw.normal(*x.shape[1:])
         elif sampler.method == "heun" and sigma_next > 0:
             x0_next, noise_next = clean_and_noise(alpha_next * x0 + sigma_next * noise, t_next, alpha_next, sigma_next)
             x = x + (alpha_next - alpha) * (x0 + x0_next) / 2 + (sigma_next - sigma) * (noise + noise_next) / 2
         else:
             x = alpha_next * x0 + sigma_next * noise
         on_step()
-    return x
+    return x[:, :, padding:]

@@ -42,6 +42,11 @@ class HashedWords(TextConfig):
         """Width of the embeddings."""
         return self.width
 
+    @property
+    def length(self) -> int:
+        """`max_length`."""
+        return self.max_length
+
     def build(self) -> Callable[[list[str]], Cond]:
         """A function from captions to a Cond: `text` (B, max_length, width) and `text_mask`, which is False throughout
         for a caption without words."""

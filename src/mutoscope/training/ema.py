@@ -13,25 +13,25 @@ class EMA:
     """avg ← d·avg + (1 − d)·weights after each optimizer step, in fp32.
 
     d warms up as (1 + n)/(10 + n), so that an average of few steps is not an average of the initial weights
-    (as TensorFlow's ExponentialMovingAverage does with num_updates). Buffers are taken as they are.
+    (as TensorFlow's ExponentialMovingAverage does with num_updates). Buffers and frozen weights are taken as they are.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.averages = {name: p.detach().clone().float() for name, p in model.named_parameters()}
+        self.averages = {name: p.detach().clone().float() for name, p in trained(model).items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after optimizer step `step`, counted from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        params = [p.detach().float() for p in model.parameters()]
+        params = [p.detach().float() for p in trained(model).values()]
         torch._foreach_lerp_(list(self.averages.values()), params, 1 - decay)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
         """The model carries the averages inside the block."""
         with torch.no_grad():
-            kept = {name: p.detach().clone() for name, p in model.named_parameters()}
+            kept = {name: p.detach().clone() for name, p in trained(model).items()}
             _copy(self.averages, model)
         try:
             yield
@@ -40,6 +40,11 @@ class EMA:
                 _copy(kept, model)
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are not frozen, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def _copy(values: dict[str, Tensor], model: nn.Module) -> None:
-    for name, p in model.named_parameters():
+    for name, p in trained(model).items():
         p.copy_(values[name])

@@ -114,7 +114,10 @@ class Engine:
         if not dist.is_initialized():
             return
         digest = xxhash.xxh3_64()
-        for name, value in sorted(model.state_dict().items()):
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}  # read from the same files
+        for name, value in sorted(model.state_dict().items(), key=lambda item: item[0]):
+            if name in frozen:
+                continue
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         mine = torch.tensor([digest.intdigest() >> 1], dtype=torch.int64, device=self.device)

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.utils.checkpoint import checkpoint as recompute
 
-from mutoscope.build import build_encoder, build_model
+from mutoscope.build import build_encoder, build_trainee
 from mutoscope.data.buckets import Plan, iterate_once
 from mutoscope.data.dataset import Clips
 from mutoscope.data.flying_mnist import Split
 from mutoscope.data.index import inspect
 from mutoscope.data.layouts import list_data
 from mutoscope.encoder import Encoder, Source, open_source
+from mutoscope.export import save_trained
 from mutoscope.pictures import like, write_grid
 from mutoscope.randomness import Draw, seed_of
 from mutoscope.recipe import Recipe, validate
@@ -40,7 +41,6 @@ from mutoscope.training.optimizers import build_optimizers, set_learning_rates
 from mutoscope.training.quarantine import Quarantine
 from mutoscope.training.signals import StopFlag, Stopped, stopping_softly
 from mutoscope.types import Loss
-from mutoscope.weights import load_strict, read_weights, save_weights
 
 VALIDATION_CLIPS = 64
 """Clips of the val split, the first by id, that the validation loss is taken over."""
@@ -52,6 +52,7 @@ def train(recipe: Recipe, out: Path) -> Run:
     Raises ValueError for whatever is wrong with the recipe, before anything expensive; Stopped after SIGTERM or
     SIGINT, with a checkpoint written; RuntimeError after too many non-finite steps in a row.
     """
+    recipe = recipe.model.complete(recipe)
     validate(recipe)
     engine = Engine.start(recipe.parallel)
     run = Run(out)
@@ -74,10 +75,7 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
     quarantine = Quarantine(run, recipe.data.max_broken, engine, log)
     if engine.main:
         run.save_latent_stats(encoder.stats)
-    model = build_model(recipe, encoder.spec).to(engine.device)
-    if recipe.init_from is not None:
-        weights = Run(Path(recipe.init_from)).weights
-        load_strict(model, read_weights(weights), source=str(weights))
+    model = build_trainee(recipe, encoder.spec).to(engine.device)
     state = TrainState(model, build_optimizers(model, recipe.optim), EMA(model, recipe.ema) if recipe.ema else None)
     plan = Plan(pools=sources["train"].pools(recipe), seed=recipe.seed, accumulate=recipe.accumulate,
                 rank=engine.rank, world=engine.world)  # fmt: skip
@@ -148,7 +146,7 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
     # 5. What the run is for
     if engine.main:
         with state.averaged():
-            save_weights(run.weights, model.state_dict(), {"recipe": type(recipe.model).__name__})
+            save_trained(model, recipe, run.weights)
         write_report(run.folder / "report.html", run.folder.name, {"Training": run})
         log.say(f"weights: {run.weights}; report: {run.folder / 'report.html'}")
     engine.barrier()
@@ -167,6 +165,14 @@ def _open_sources(recipe: Recipe, encoder: Encoder, engine: Engine, log: Log) ->
     return sources
 
 
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes: everything, or of a model with frozen weights what is not frozen."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    if not frozen:
+        return model.state_dict()
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
 @dataclass
 class TrainState:
     """All that a run changes; everything else is a function of the recipe."""
@@ -181,7 +187,7 @@ class TrainState:
     def tensors(self) -> dict[str, Any]:
         """The tensors of a checkpoint, as a tree; filling them in place does not set the optimizers'."""
         optimizer = get_optimizer_state_dict(self.model, self.optimizers)
-        tree = {"model": self.model.state_dict(), "optimizer": optimizer["state"]}
+        tree = {"model": _weights(self.model), "optimizer": optimizer["state"]}
         return tree | ({"ema": self.ema.averages} if self.ema is not None else {})
 
     def load(self, path: Path) -> dict[str, int]:

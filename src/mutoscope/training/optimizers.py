@@ -1,24 +1,40 @@
-"""The optimizer and the learning rate, which is a pure function of the optimizer step."""
+"""The optimizer, the norm of its gradients, and the learning rate, which is a pure function of the optimizer step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from mutoscope.recipe import Optim
+from mutoscope.training.per_parameter import PerParameter
+from mutoscope.training.update_rules import Rule, adamw, came, prodigy
+from mutoscope.types import DTYPES
 
 
-def build_optimizers(model: nn.Module, optim: Optim) -> list[torch.optim.Optimizer]:
-    """AdamW for all trainable parameters, or Muon for the blocks' matrices and AdamW for the rest.
+def cast_trained(model: nn.Module, weights: str) -> None:
+    """Keep the weights that are trained in "fp32" or "bf16", in place; buffers and frozen weights stay as they are."""
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.to(DTYPES[weights])
 
-    Weight decay spares tensors of fewer than two dimensions. Raises ValueError where nothing is trainable, or where
-    Muon finds no matrices.
+
+def build_optimizers(model: nn.Module, optim: Optim, seed: int = 0) -> list[torch.optim.Optimizer]:
+    """The optimizer of all trainable parameters; for Muon two, its own of the blocks' matrices and AdamW of the rest.
+
+    Weight decay spares tensors of fewer than two dimensions. seed: of stochastic rounding.
+
+    Raises ValueError where nothing is trainable, where weights that are trained are neither fp32 nor bf16, where there
+    are no bf16 weights to round, where Muon finds no matrices or finds them in bf16, and where gradients are to be
+    released on several processes.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not params:
-        raise ValueError("the model has no trainable parameters")
+    _check(params, optim)
     matrices: dict[str, Tensor] = {}
     if optim.name == "muon":
         matrices = {n: p for n, p in params.items() if p.ndim == 2 and n.startswith("blocks.")}
@@ -29,10 +45,10 @@ def build_optimizers(model: nn.Module, optim: Optim) -> list[torch.optim.Optimiz
         {"params": [p for p in rest.values() if p.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in rest.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    groups = [g for g in groups if g["params"]]
+    groups = [g | {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps} for g in groups if g["params"]]
     optimizers: list[torch.optim.Optimizer] = []
     if groups:
-        optimizers.append(torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True))
+        optimizers.append(_optimizer(groups, optim, seed))
     if matrices:
         muon = torch.optim.Muon(matrices.values(), lr=optim.muon_lr, weight_decay=optim.weight_decay)
         optimizers.append(muon)
@@ -40,6 +56,79 @@ def build_optimizers(model: nn.Module, optim: Optim) -> list[torch.optim.Optimiz
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def _check(params: dict[str, nn.Parameter], optim: Optim) -> None:
+    if not params:
+        raise ValueError("the model has no trainable parameters")
+    dtypes = {p.dtype for p in params.values()}
+    if odd := dtypes - {torch.float32, torch.bfloat16}:
+        raise ValueError(f"weights that are trained must be fp32 or bf16, this model has {', '.join(map(str, odd))}")
+    if optim.stochastic_rounding and torch.bfloat16 not in dtypes:
+        raise ValueError("optim.stochastic_rounding: the weights that are trained are fp32, there is nothing to round; "
+                         "set it to false, or weights = bf16")  # fmt: skip
+    if optim.name == "muon" and torch.bfloat16 in dtypes:
+        raise ValueError("optim.name = muon trains fp32 weights, these are bf16; set weights = fp32, or use adamw")
+    if optim.release_gradients and dist.is_initialized():
+        raise ValueError("optim.release_gradients: DDP averages gradients over the processes before a step can be "
+                         "taken; run one process, or set release_gradients = false")  # fmt: skip
+
+
+def _optimizer(groups: list[dict[str, Any]], optim: Optim, seed: int) -> torch.optim.Optimizer:
+    params = [p for group in groups for p in group["params"]]
+    device = torch.device("cpu") if optim.offload else params[0].device
+    match optim.name:
+        case "adamw" | "muon":
+            moved = optim.offload or optim.release_gradients
+            if not moved and all(p.dtype == torch.float32 for p in params):
+                return torch.optim.AdamW(groups, fused=True)
+            rule: Rule = adamw(32, device)
+        case "adamw8bit":
+            rule = adamw(8, device)
+        case "adamw4bit":
+            rule = adamw(4, device)
+        case "came":
+            rule = came(device)
+        case "prodigy":
+            rule = prodigy(device)
+    optimizer = PerParameter(groups, rule, stochastic=optim.stochastic_rounding, offload=optim.offload, seed=seed)
+    if optim.release_gradients:
+        optimizer.release()
+    return optimizer
+
+
+def gradient_norms(optimizers: Sequence[torch.optim.Optimizer]) -> dict[nn.Parameter, Float[Tensor, ""]]:
+    """The norm of each parameter's gradient, fp32, of those that have one: wherever it lies, and also where the step
+    has been taken already."""
+    gradients = dict(_gradients(optimizers))
+    norms: dict[nn.Parameter, Tensor] = {}
+    if gradients:
+        norms = dict(zip(gradients, torch._foreach_norm(list(gradients.values()), 2, torch.float32), strict=True))
+    for optimizer in optimizers:
+        norms |= optimizer.released if isinstance(optimizer, PerParameter) else {}
+    return norms
+
+
+def clip_gradients(
+    optimizers: Sequence[torch.optim.Optimizer], norms: dict[nn.Parameter, Float[Tensor, ""]], limit: float
+) -> Float[Tensor, ""]:
+    """Scale all gradients down together where their norm is above `limit` (0: never), as `nn.utils.clip_grad_norm_`
+    does, and return the norm before that, taken of `gradient_norms`."""
+    norm = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+    gradients = [g for _, g in _gradients(optimizers)]
+    if limit and gradients:
+        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, scale)
+    return norm
+
+
+def _gradients(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                gradient = optimizer.gradient(p) if isinstance(optimizer, PerParameter) else p.grad
+                if gradient is not None:
+                    yield p, gradient
 
 
 def set_learning_rates(optimizers: list[torch.optim.Optimizer], optim: Optim, step: int, steps: int) -> float:
