@@ -120,7 +120,7 @@ def load_part(path: str, part: str, dtype: torch.dtype) -> nn.Module:
         return _construct(part, config, dtype).eval()
     folder = open_checkpoint(path, [part]) / part
     try:
-        from accelerate import init_empty_weights  # type: ignore[import-untyped]
+        from accelerate import init_empty_weights
     except ImportError as error:
         raise ValueError(f"{path}: pretrained models take accelerate: {INSTALL}") from error
     with init_empty_weights(include_buffers=False):  # buffers that no file holds are worked out by the module

@@ -422,6 +422,9 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
                f"for {len(data.templates)} templates")  # fmt: skip
     if data.window_interval is not None and data.window != "all":
         yield f'recipe.data.window_interval: is for window = "all", the window is {data.window}'
+    pretrained = recipe.autoencoder is not None and recipe.autoencoder.recipe is None
+    if (recipe.validation_file is not None or recipe.first_frame) and not pretrained:
+        yield "recipe: validation_file and first_frame are for pretrained models, with an autoencoder of a checkpoint"
     if data.latents is not None:
         if recipe.autoencoder is None:
             yield "recipe.data.latents: latents are an autoencoder's; set recipe.autoencoder to the one that made them"

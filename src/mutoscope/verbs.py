@@ -201,39 +201,99 @@ class OnRun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample(OnRun):
-    """Draw videos from a finished run, and print the paths of their files."""
+class Sample:
+    """Draw videos from a finished run, or from a CogVideoX checkpoint, and print the paths of their files.
 
-    label: int | None = None
-    """Class of the videos, where the run was trained with labels."""
+    Options below --steps are for CogVideoX alone."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
+    """A run directory; or a CogVideoX checkpoint: a folder in diffusers' format, a Hub id or tiny://NAME."""
     prompt: str | None = None
     """Caption of the videos, where the run was trained with captions."""
+    label: int | None = None
+    """Class of the videos, where the run was trained with labels."""
     num: int = 1
     """Videos to draw."""
+    seed: int = 0
+    """Seed of the videos."""
     out: Path | None = None
     """The mp4 file; of several videos, the i-th goes to OUT-i.mp4. RUN/drawn/ unless you say otherwise."""
-    steps: int | None = None
-    """Steps of the sampler, in place of the recipe's."""
     guidance_scale: float | None = None
     """Classifier-free guidance, in place of the recipe's."""
+    steps: int | None = None
+    """Steps of the sampler, in place of the recipe's."""
+    negative_prompt: str | None = None
+    """What guidance leads away from; nothing unless you say otherwise."""
+    image: Path | None = None
+    """The first frame, for image to video."""
+    video: Path | None = None
+    """The video to start from, for text to video."""
+    strength: float | None = None
+    """How much of that video is drawn anew, from 0 to 1."""
+    frames: int | None = None
+    """Frames, in place of the recipe's or the checkpoint's."""
+    height: int | None = None
+    """Height in pixels, likewise."""
+    width: int | None = None
+    """Width in pixels, likewise."""
+    fps: float | None = None
+    """Frames per second of the file, likewise."""
+    dynamic_guidance: Literal["none", "cosine", "cogvideox"] | None = None
+    """How guidance changes along the steps; cogvideox is diffusers' use_dynamic_cfg."""
+    scheduler: Literal["ddim", "dpm"] | None = None
+    """The solver; the checkpoint's own unless you say otherwise."""
+    adapter: tuple[str, ...] = ()
+    """LoRAs to draw with, besides the run's own: PATH, PATH:WEIGHT or PATH:WEIGHT:ALPHA."""
+    tile: bool = True
+    """Decode large frames in tiles: less memory, almost the same pixels."""
+    offload: Literal["none", "model", "sequential"] = "none"
+    """What lies on the CPU while it does not work: nothing, each model in turn, or all but one layer."""
+    trust_code: bool = False
+    """Import the Python files in the run directory that its recipe names. They can do whatever you can."""
 
     def run(self) -> None:
-        from mutoscope.sample import sample_run
+        from mutoscope.sample import cogvideox_recipe, sample_cogvideox, sample_run
 
-        with _progress("drawing", self.num) as tick:
-            paths = sample_run(
-                self.folder,
-                out=self.out,
-                num=self.num,
-                label=self.label,
-                prompt=self.prompt,
-                seed=self.seed,
-                steps=self.steps,
-                guidance_scale=self.guidance_scale,
-                trust_code=self.trust_code,
-                on_videos=tick,
-            )
+        folder = Path(self.source)
+        wishes = {name: getattr(self, name) for name in _WISHES if getattr(self, name) is not None}
+        if cogvideox_recipe(folder, self.trust_code) is not None or not (folder / "recipe.toml").exists():
+            if self.label is not None:
+                raise ConfigError("--label: CogVideoX has no classes; describe the video by --prompt")
+            steps = self.num * (self.steps or 50)
+            with _progress("drawing", steps) as tick:
+                paths = sample_cogvideox(
+                    self.source,
+                    out=self.out,
+                    num=self.num,
+                    wishes={"prompt": self.prompt or "", "seed": self.seed, **wishes},
+                    adapters=self.adapter,
+                    tile=self.tile,
+                    offload=self.offload,
+                    trust_code=self.trust_code,
+                    on_step=lambda: tick(1),
+                )
+        else:
+            if strange := [f"--{name.replace('_', '-')}" for name in wishes if name not in ("steps", "guidance_scale")]:
+                raise ConfigError(f"{', '.join(strange)}: only for CogVideoX, which {folder} is not")
+            with _progress("drawing", self.num) as tick:
+                paths = sample_run(
+                    folder,
+                    out=self.out,
+                    num=self.num,
+                    label=self.label,
+                    prompt=self.prompt,
+                    seed=self.seed,
+                    steps=self.steps,
+                    guidance_scale=self.guidance_scale,
+                    trust_code=self.trust_code,
+                    on_videos=tick,
+                )
         print(*paths, sep="\n")
+
+
+_WISHES = ("negative_prompt", "image", "video", "strength", "frames", "height", "width", "fps", "steps",
+           "guidance_scale", "dynamic_guidance", "scheduler")  # fmt: skip
+"""Options of `Sample` that are fields of `samplers.request.Request`."""
 
 
 @dataclass(frozen=True, kw_only=True)

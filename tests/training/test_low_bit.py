@@ -53,8 +53,8 @@ def test_codes_are_the_nearest(bits: Bits, signed: bool) -> None:
 @pytest.mark.parametrize(("bits", "signed"), FORMATS)
 @given(seed=st.integers(0, 10**6))
 def test_what_is_decoded_is_encoded_as_it_was(bits: Bits, signed: bool, seed: int) -> None:
-    """Else a state would drift that no gradient touches. (Where a block's largest is negative it does: the signed tables
-    have 1 and no −1.)"""
+    """Else a state would drift that no gradient touches. (Where a block's largest is negative it does: the signed
+    tables have 1 and no −1.)"""
     f, x = form(bits, signed), numbers(signed, 256, seed)
     x[::128] = x.abs().max()
     codes, scale = f.encode(x)

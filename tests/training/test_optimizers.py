@@ -216,12 +216,13 @@ def test_training_lowers_the_loss(name: str, weights: str) -> None:
     model = nn.Sequential()
     model.blocks = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
     cast_trained(model, weights)
-    optim = Optim(name=name, lr=RATES.get(name, 1e-3), muon_lr=5e-3, warmup_steps=5, schedule="cosine")
+    steps = 150 if name == "prodigy" else 60  # a hundred to find the rate
+    optim = Optim(name=name, lr=RATES.get(name, 3e-3), muon_lr=0.03, warmup_steps=5, schedule="cosine")
     optimizers = build_optimizers(model, optim)
     x, dtype = torch.randn(64, 64), model.blocks[0].weight.dtype
     losses = []
-    for step in range(60):
-        set_learning_rates(optimizers, optim, step, 60)
+    for step in range(steps):
+        set_learning_rates(optimizers, optim, step, steps)
         loss = F.mse_loss(model.blocks(x.to(dtype)).float(), x.roll(1, 1))
         loss.backward()
         clip_gradients(optimizers, gradient_norms(optimizers), 1.0)
@@ -306,14 +307,14 @@ ADAPTERS = replace(PLAIN, lora=Lora(), activation_checkpointing=True)
         (replace(FULL, optim=Optim(name="muon")), "recipe.optim.name: muon trains fp32 weights"),
         (replace(PLAIN, quantize="int8"), "recipe.quantize: quantised weights cannot be trained; set recipe.lora"),
         (replace(ADAPTERS, quantize="int8", lora=Lora(dora=True)), "recipe.quantize: DoRA computes with the weights"),
-        (replace(PLAIN, activation_checkpointing=True, offload_blocks=1), "recipe.offload_blocks: is for frozen weights"),
+        (replace(PLAIN, activation_checkpointing=True, offload_blocks=1), "recipe.offload_blocks: is for frozen"),
         (replace(PLAIN, offload_activations=True), "recipe.offload_activations: goes with activation checkpointing"),
         (replace(ADAPTERS, offload_blocks=1, activation_checkpointing=False), "recipe.offload_blocks: goes with"),
         (replace(ADAPTERS, offload_blocks=-1), "recipe.offload_blocks: must be at least 0, got -1"),
         (replace(PLAIN, optim=Optim(stochastic_rounding=True)), "stochastic_rounding: fp32 weights need no rounding"),
         (replace(FULL, optim=Optim(stochastic_rounding=True, offload=True)), "stochastic_rounding: saves memory that"),
         (replace(PLAIN, optim=Optim(name="muon", offload=True)), "recipe.optim.offload: muon's products"),
-        (replace(PLAIN, optim=Optim(name="prodigy")), "recipe.optim.lr: Prodigy multiplies .* 0.0001 stops it; set lr = 1"),
+        (replace(PLAIN, optim=Optim(name="prodigy")), "recipe.optim.lr: Prodigy .* 0.0001 stops it; set lr = 1"),
         (replace(PLAIN, optim=Optim(name="came", eps=1e-6)), "recipe.optim.eps: came has floors of its own"),
     ],
 )  # fmt: skip

@@ -87,7 +87,7 @@ def opened(media: Media, deadline: Deadline) -> Iterator[tuple[InputContainer, V
 
 
 def _lean(media: Media) -> dict[str, str]:
-    """Opening decodes frames to guess what is in them; of mp4 files the header says it, and that is half of the time."""
+    """Opening decodes frames to guess what is in them; of mp4 files the header says it, in half of the time."""
     return {"skip_frame": "all"} if media.suffix in (".mp4", ".mov", ".m4v") else {}
 
 

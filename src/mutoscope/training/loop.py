@@ -32,7 +32,7 @@ from mutoscope.randomness import Draw, seed_of
 from mutoscope.recipe import Recipe, validate
 from mutoscope.report import write_report
 from mutoscope.run import Run
-from mutoscope.sample import Generator, preview
+from mutoscope.sample import Generator, Wanted, draw_wanted, inference, preview, read_wanted
 from mutoscope.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from mutoscope.training.ema import EMA
 from mutoscope.training.engine import Engine
@@ -72,6 +72,7 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
     # 1. Build. Order of initialisation: a checkpoint of this run > recipe.init_from > fresh weights
     encoder = build_encoder(recipe, engine.device)
     sources = _open_sources(recipe, encoder, engine, log)
+    wanted = read_wanted(recipe, engine.device) if recipe.validation_file is not None else None
     quarantine = Quarantine(run, recipe.data.max_broken, engine, log)
     if engine.main:
         run.save_latent_stats(encoder.stats)
@@ -96,7 +97,7 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
     log.start_at(state.step, sum(state.consumed))
     if state.step == 0:
         _validate(recipe, engine, state, sources["val"], encoder, log, due=True)
-        _preview(recipe, run, engine, state, generator, sources["val"], due=True)
+        _preview(recipe, run, engine, state, generator, sources["val"], wanted, due=True)
 
     # 3. Train
     bad_steps, first_step = 0, state.step
@@ -132,7 +133,7 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
             values = _mean_over_processes(losses, engine) | {"lr": lr, "grad_norm": float(norm)}
             log.train(state.step, values | {"skipped": float(not finite)}, samples)
         _validate(recipe, engine, state, sources["val"], encoder, log, due=last)
-        _preview(recipe, run, engine, state, generator, sources["val"], due=last)
+        _preview(recipe, run, engine, state, generator, sources["val"], wanted, due=last)
         if state.step % recipe.save_every == 0 or last or stopping:
             numbers = {f"consumed {pool.name}": n for pool, n in zip(plan.pools, state.consumed, strict=True)}
             numbers["clips"] = len(sources["train"])
@@ -204,13 +205,15 @@ class TrainState:
 
 
 def _prepared(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """The model's blocks recomputed in the backward pass and compiled, as the recipe asks; parameters keep names."""
-    if recipe.activation_checkpointing:
+    """The model's blocks compiled and recomputed in the backward pass, as the recipe asks; parameters keep names."""
+    if recipe.compile:
+        # One compilation for each shape, and another without gradients: more are a mistake, and stop the run
+        torch._dynamo.config.recompile_limit = max(8, 2 * len(recipe.data.shapes(1)) + 2)
+        for block in model.blocks:  # type: ignore[union-attr]
+            block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
+    if recipe.activation_checkpointing:  # around what is compiled: dynamo compiles nothing inside of a recomputation
         for block in model.blocks:  # type: ignore[union-attr]
             block.forward = partial(recompute, block.forward, use_reentrant=False)
-    if recipe.compile:
-        for block in model.blocks:  # type: ignore[union-attr]
-            block.compile()
     return model
 
 
@@ -286,12 +289,24 @@ def _validate(
 
 
 def _preview(
-    recipe: Recipe, run: Run, engine: Engine, state: TrainState, generator: Generator, source: Source, due: bool
+    recipe: Recipe,
+    run: Run,
+    engine: Engine,
+    state: TrainState,
+    generator: Generator,
+    source: Source,
+    wanted: Wanted | None,
+    due: bool,
 ) -> None:
-    """Write what the averaged weights draw for the conditions of the first val clips, below those clips themselves."""
+    """Write what the averaged weights draw: the rows of the validation file, divided over the processes; or, without
+    one, the conditions of the first val clips, below those clips themselves."""
     every = recipe.sample_every
     if not every or not (due or state.step % every == 0):
         return
+    if wanted is not None:
+        with state.averaged(), inference(recipe, state.model):
+            draw_wanted(wanted, state.model, run.samples / f"{state.step:08d}", engine.rank, engine.world)
+        return engine.barrier()
     if engine.main:
         group = source.groups[0]  # samples are drawn at one shape; clips beside them are of one bucket
         shown = [i for i, g in enumerate(source.groups) if g == group][: recipe.num_samples]

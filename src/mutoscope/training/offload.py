@@ -63,7 +63,8 @@ def place(model: nn.Module, recipe: Recipe, device: torch.device) -> None:
     else:
         weights.move(model, device)
     for i, block in enumerate(blocks):
-        forward: Forward = block.forward
+        plain: Forward = block.forward
+        forward = plain
         if recipe.compile and moves:  # nothing that moves memory can be inside
             forward = torch.compile(forward)
         if weights is not None:
@@ -72,7 +73,8 @@ def place(model: nn.Module, recipe: Recipe, device: torch.device) -> None:
             forward = recomputed(forward)
         if recipe.offload_activations:
             forward = parking.parked(forward)
-        block.forward = forward
+        if forward is not plain:
+            block.forward = forward
         if recipe.compile and not moves:
             block.compile()
 
