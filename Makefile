@@ -18,7 +18,7 @@ demo: setup          ## train an autoencoder and a latent diffusion transformer 
 	$(BIN)/mutoscope demo
 
 test: setup          ## the fast suite
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 slow: setup          ## the tests that take minutes
 	$(BIN)/pytest -m slow

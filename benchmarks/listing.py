@@ -29,7 +29,7 @@ from benchmarks.painted import scene, write
 from mutoscope.data.buckets import Plan, make_pools
 from mutoscope.data.dataset import VideoDataset, make_loader
 from mutoscope.data.index import inspect
-from mutoscope.data.layouts import list_data
+from mutoscope.data.sources.layouts import list_data
 from mutoscope.recipe import Data
 
 VIDEOS, WORKERS, BATCH, PER_FOLDER = 250, 2, 4, 1000

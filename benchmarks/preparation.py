@@ -87,7 +87,10 @@ def main() -> None:
                 pairs = [(t["ours"][which], t["peer"][which] if "peer" in t else float("nan")) for t in taken]
                 rows.append([f"{case.clips} clips of {FRAMES}x{case.height}x{case.width}, {unit}", *cells(pairs)])
     table(["", "ours", "peer", "ratio"], rows)
-    last_line("preparation", PEER, pairs)
+    if "peer" in sides:
+        last_line("preparation", PEER, pairs)
+    else:
+        print("preparation: no ratio was taken; datasets is not installed")
 
 
 def cells(pairs: list[tuple[float, float]]) -> list[str]:

@@ -72,7 +72,7 @@ def test_a_value_may_hold_spaces_and_signs() -> None:
         ("5", ["unexpected '5': fields are set as in --optim.lr 1e-4"]),
         ("--steps.x 5", ["recipe.steps: expected an integer, got a table"]),
         ("--steps 5 --steps.x 5", ["--steps.x: steps has a value already"]),
-        ("--autoencoder.path a", ["recipe.autoencoder.recipe: missing; expected a string"]),
+        ("--autoencoder.path a", ["recipe.autoencoder.recipe: missing; expected a string or \"none\""]),
         ("--model.type os:system", ["recipe.model.type: 'os' is outside of mutoscope; "
                                     "only its own modules and file.py:Class may be named"]),
     ],

@@ -47,7 +47,7 @@ def test_parts_that_are_absent_and_parts_that_are_there() -> None:
 def test_every_field_stands_under_its_docstring_and_choices() -> None:
     text = dump_toml(recipe(), header="One line.\n\nStatus: untested")
     assert text.startswith("# One line.\n#\n# Status: untested\n\n")
-    assert "# Peak learning rate (of AdamW).\nlr = 0.0001\n" in text
+    assert "# Steps of linear warm-up.\nwarmup_steps = 0\n" in text
     resize = "# How another aspect ratio is met: scale and cut the centre (or anywhere), scale and pad with black, "
     assert resize + 'or squash.\n# "crop" | "random_crop" | "pad" | "squash"\nresize = "crop"\n' in text
     assert '# The network.\n[model]\n\ntype = "mutoscope.models.dit:DiT"\n' in text

@@ -280,7 +280,7 @@ class _Reader:
             elsewhere += ["recipe"] if name in self.top else []
             hint = f"; did you mean {' or '.join(f'{place}.{name}' for place in elsewhere)}?" if elsewhere else ""
             listed = f"; {cls.__name__} has {', '.join(known) or 'no fields'}"
-            self.fail(f"{path}.{name}", f"no such field{did_you_mean(name, known, hint or listed)}")
+            self.fail(f"{path}.{name}", f"no such field{hint or did_you_mean(name, known, listed)}")
         values: dict[str, Any] = {}
         for field in _fields(cls):
             kind = known[field.name]

@@ -94,11 +94,11 @@ class Check(OnClips):
     out: Path = Path("check.html")
     """The page with a picture of each clip (of 10,000 at most)."""
     json: bool = False
-    """Print the report as JSON, as `mutoscope.data.check` describes it."""
+    """Print the report as JSON, as `mutoscope.data.prepare.check` describes it."""
 
     def run(self) -> None:
-        from mutoscope.data.check import check
-        from mutoscope.data.check_page import print_report, write_page
+        from mutoscope.data.prepare.check import check
+        from mutoscope.data.prepare.check_page import print_report, write_page
 
         _has_folder(self.out)
         clip_set, recipe = self.load()
@@ -136,8 +136,8 @@ class Stats(OnClips):
     """Write an HTML page as well."""
 
     def run(self) -> None:
-        from mutoscope.data.stats import collect, histograms
-        from mutoscope.data.stats_page import print_histograms, print_suggestions, write_page
+        from mutoscope.data.prepare.stats import collect, histograms
+        from mutoscope.data.prepare.stats_page import print_histograms, print_suggestions, write_page
         from mutoscope.suggest import parse_area, parse_memory, parse_rule, suggest
 
         if self.out:
@@ -187,7 +187,7 @@ class MakeClips:
     """Make the clips of the other rows where some rows of the list have faults."""
 
     def run(self) -> None:
-        from mutoscope.data.clipping import FAILURES, ClipFormat, clip
+        from mutoscope.data.prepare.clipping import FAILURES, ClipFormat, clip
         from mutoscope.errors import listed
 
         form = ClipFormat(fps=self.fps, height=self.height, width=self.width, resize=self.resize, gop=self.gop)
@@ -229,7 +229,7 @@ class FindCuts:
     """Seconds without a new frame after which a video is given up."""
 
     def run(self) -> None:
-        from mutoscope.data.cuts import find_clips
+        from mutoscope.data.prepare.cuts import find_clips
         from mutoscope.errors import listed
 
         found = find_clips(

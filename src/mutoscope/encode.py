@@ -27,9 +27,9 @@ from mutoscope.build import build_encoder
 from mutoscope.data.captions import variants
 from mutoscope.data.dataset import Item, VideoDataset, content_hash, read_item, to_pixels
 from mutoscope.data.flying_mnist import Split
-from mutoscope.data.layouts import list_data
 from mutoscope.data.npy import token_dtype
 from mutoscope.data.shards import Shards, ShardWriter, StoreError
+from mutoscope.data.sources.layouts import list_data
 from mutoscope.data.store import (
     STATS_CLIPS,
     LatentStats,

@@ -365,7 +365,8 @@ class Recipe:
     ema: float = 0.0
     """Decay of the moving average of the weights that is sampled and exported; 0 turns it off."""
     weights: Literal["fp32", "bf16"] = "fp32"
-    """What the weights that are trained are kept in; those of LoRA are always fp32."""
+    """What the weights that are trained are kept in; those of LoRA are always fp32. Networks that don't compute in the
+    precision of their weights by themselves, as CogVideoX does, want precision = bf16 with bf16."""
     quantize: Literal["none", "int8", "fp8", "nf4"] = "none"
     """What the blocks' frozen weights are kept in under LoRA: 8 bits, or 4 and a quarter; they compute in the precision
     of what flows through them."""
@@ -444,8 +445,6 @@ def _contradictions_of_memory(recipe: Recipe) -> Iterator[str]:
     optim = recipe.optim
     if recipe.weights == "bf16" and recipe.lora is not None:
         yield "recipe.weights: LoRA's weights are always fp32, and the others are not trained; set weights = fp32"
-    if recipe.weights == "bf16" and recipe.precision != "bf16":
-        yield "recipe.weights: bf16 weights compute in bf16; set precision = bf16, or weights = fp32"
     if recipe.weights == "bf16" and optim.name == "muon":
         yield "recipe.optim.name: muon trains fp32 weights; set weights = fp32, or another optimizer"
     if recipe.quantize != "none" and recipe.lora is None:

@@ -13,8 +13,8 @@ import torch
 
 from mutoscope.build import latent_spec, model_io
 from mutoscope.data.buckets import available_frames
-from mutoscope.data.shapes import Allowed, Shape, Suggestion, assess, choose_shapes
-from mutoscope.data.stats import Stats
+from mutoscope.data.prepare.shapes import Allowed, Shape, Suggestion, assess, choose_shapes
+from mutoscope.data.prepare.stats import Stats
 from mutoscope.estimate import estimate
 from mutoscope.progress import Bars
 from mutoscope.recipe import Bucket, Data, Recipe
@@ -49,7 +49,7 @@ def suggest(
     spec: LatentSpec = PIXELS,
     progress: bool = True,
 ) -> Advice:
-    """Up to `num_buckets` buckets that waste little of the clips (`data/shapes.py` says how), with batch sizes.
+    """Up to `num_buckets` buckets that waste little of the clips (`data/prepare/shapes.py` says how), with batch sizes.
 
     recipe: its autoencoder and model decide which shapes there may be, in place of `spec`; its data how many frames a
         clip has (fps, frame_interval, frames left out); its batch size is every bucket's, unless `memory` is given.

@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from mutoscope.checkpoints import part_config
 from mutoscope.data.media import is_url
-from mutoscope.data.tables import is_empty, read_string, rows
+from mutoscope.data.sources.tables import is_empty, read_string, rows
 from mutoscope.data.video import write_video
 from mutoscope.errors import did_you_mean, listed
 from mutoscope.files import replacing

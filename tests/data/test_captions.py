@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mutoscope.data.captions import check_captions, choose, kinds_of, variants
-from mutoscope.data.layouts import Clip
 from mutoscope.data.media import Media
+from mutoscope.data.sources.layouts import Clip
 from mutoscope.recipe import ClipSet, Data
 
 DATA = Data(root="there", frames=8, height=16, width=16)

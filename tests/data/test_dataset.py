@@ -12,8 +12,8 @@ from PIL import Image
 from mutoscope.data.buckets import Plan, iterate_once, make_pools
 from mutoscope.data.dataset import Clips, VideoDataset, content_hash, make_loader, to_pixels, to_uint8
 from mutoscope.data.flying_mnist import PRESETS, render
-from mutoscope.data.layouts import Clip
 from mutoscope.data.media import Media
+from mutoscope.data.sources.layouts import Clip
 from mutoscope.data.video import VideoError, write_video
 from mutoscope.recipe import Bucket, Data
 

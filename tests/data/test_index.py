@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from mutoscope.data import index as index_module
 from mutoscope.data.flying_mnist import PRESETS
 from mutoscope.data.index import ClipInfo, inspect, look
-from mutoscope.data.layouts import Clip
 from mutoscope.data.media import Media
 from mutoscope.data.seeking import FrameIndex
+from mutoscope.data.sources.layouts import Clip
 from mutoscope.data.video import VideoInfo, frame_index, frames_at, write_video
 
 

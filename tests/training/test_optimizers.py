@@ -295,14 +295,13 @@ PLAIN = Recipe(
     steps=1,
     batch_size=1,
 )
-FULL = replace(PLAIN, weights="bf16", precision="bf16")
+FULL = replace(PLAIN, weights="bf16")
 ADAPTERS = replace(PLAIN, lora=Lora(), activation_checkpointing=True)
 
 
 @pytest.mark.parametrize(
     ("recipe", "problem"),
     [
-        (replace(PLAIN, weights="bf16"), "recipe.weights: bf16 weights compute in bf16; set precision = bf16"),
         (replace(FULL, lora=Lora()), "recipe.weights: LoRA's weights are always fp32"),
         (replace(FULL, optim=Optim(name="muon")), "recipe.optim.name: muon trains fp32 weights"),
         (replace(PLAIN, quantize="int8"), "recipe.quantize: quantised weights cannot be trained; set recipe.lora"),

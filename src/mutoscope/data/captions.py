@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate, product
 from string import Formatter
 
-from mutoscope.data.layouts import Clip
+from mutoscope.data.sources.layouts import Clip
 from mutoscope.randomness import seed_of
 from mutoscope.recipe import Data
 

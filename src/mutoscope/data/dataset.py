@@ -20,8 +20,8 @@ from mutoscope.data.buckets import available_frames, choose_bucket, name_of
 from mutoscope.data.captions import check_captions, choose, variants
 from mutoscope.data.flying_mnist import FLYING_MNIST, Split
 from mutoscope.data.index import ClipInfo, inspect
-from mutoscope.data.layouts import Clip, list_data
 from mutoscope.data.media import Media
+from mutoscope.data.sources.layouts import Clip, list_data
 from mutoscope.data.video import FrameIndex, VideoError, frame_index, frames_at, read_frames, resize
 from mutoscope.errors import listed
 from mutoscope.randomness import seed_of

@@ -26,8 +26,8 @@ import xxhash
 
 from mutoscope.data.decoding import VideoError
 from mutoscope.data.flying_mnist import FLYING_MNIST, preset_named
-from mutoscope.data.layouts import Clip
 from mutoscope.data.media import Media, is_url
+from mutoscope.data.sources.layouts import Clip
 from mutoscope.data.video import SAME_TIME, frame_index, frames_at, probe
 from mutoscope.supervise import Lost, in_threads
 

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import fsspec
 
-from mutoscope.data.parquet import read_cell
+from mutoscope.data.sources.parquet import read_cell
 from mutoscope.randomness import seed_of
 
 FETCHED = 2**24

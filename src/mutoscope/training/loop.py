@@ -24,7 +24,7 @@ from mutoscope.data.buckets import Plan, iterate_once
 from mutoscope.data.dataset import Clips
 from mutoscope.data.flying_mnist import Split
 from mutoscope.data.index import inspect
-from mutoscope.data.layouts import list_data
+from mutoscope.data.sources.layouts import list_data
 from mutoscope.encoder import Encoder, Source, open_source
 from mutoscope.export import save_trained
 from mutoscope.pictures import like, write_grid

@@ -26,7 +26,13 @@ class Format:
         """Numbers that share a scale."""
         self.values = torch.tensor(_values(bits, signed), device=device)
         """What the codes stand for, ascending in [-1, 1]."""
-        self._edges = (self.values[:-1] + self.values[1:]) / 2
+        # Between two bf16 numbers there is one edge at most. So the search for a number's place among the edges is two
+        # looks at tables, which is some ten times as fast on a CPU
+        edges = (self.values[:-1] + self.values[1:]) / 2
+        self._edges = torch.cat([edges, edges.new_tensor([torch.inf])])
+        high = torch.arange(1 << 16, dtype=torch.int32, device=device)  # the first 16 bits of fp32 numbers
+        least = ((high + (high >> 15)) << 16).view(torch.float32)  # that have them
+        self._codes = torch.bucketize(least, edges, out_int32=True, right=True)
 
     def fits(self, numel: int) -> bool:
         """Whether a tensor of so many numbers is worth it and made of whole blocks. Others are kept in fp32."""
@@ -41,15 +47,19 @@ class Format:
         """The nearest codes, and the scales; n numbers are whole blocks."""
         blocks = x.view(-1, self.block)
         scale = blocks.abs().amax(1)
-        codes = torch.bucketize(blocks / scale.clamp(min=1e-30)[:, None], self._edges, out_int32=True, right=True)
-        codes = codes.to(torch.uint8).view(-1)
+        scaled = (blocks / scale.clamp(min=1e-30)[:, None]).view(-1)
+        high = scaled.view(torch.int32).bitwise_right_shift(16).bitwise_and_(0xFFFF)
+        nearest = self._codes.index_select(0, high)
+        nearest += scaled >= self._edges.index_select(0, nearest)
+        codes = nearest.to(torch.uint8)
         return (codes if self.bits == 8 else codes[::2] << 4 | codes[1::2]), scale
 
     def decode(self, codes: UInt8[Tensor, "bytes"], scale: Float[Tensor, "blocks"]) -> Float[Tensor, "n"]:
         """The numbers that codes and scales stand for, fp32."""
         if self.bits == 4:
             codes = torch.stack([codes >> 4, codes & 15], -1).view(-1)
-        return self.values[codes.int()].view(len(scale), -1).mul_(scale[:, None]).view(-1)
+        values = self.values.index_select(0, codes.int())
+        return values.view(len(scale), -1).mul_(scale[:, None]).view(-1)
 
 
 def _values(bits: Bits, signed: bool) -> list[float]:

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,8 +52,7 @@ def place(model: nn.Module, recipe: Recipe, device: torch.device) -> None:
     """
     check_offload(recipe, device)
     blocks = list(getattr(model, "blocks", ()))
-    moves = bool(recipe.offload_activations or recipe.offload_blocks)
-    if not blocks and (moves or recipe.activation_checkpointing or recipe.compile):
+    if not blocks and (recipe.activation_checkpointing or recipe.compile):
         raise ValueError(f"{type(model).__name__} has no blocks to recompute, compile or offload; set "
                          "activation_checkpointing and compile to false")  # fmt: skip
     copies = Copies(device)
@@ -62,21 +62,18 @@ def place(model: nn.Module, recipe: Recipe, device: torch.device) -> None:
         model.to(device)
     else:
         weights.move(model, device)
+    if recipe.compile:
+        # One compilation for each shape, and another without gradients: more are a mistake, and stop the run
+        torch._dynamo.config.recompile_limit = max(8, 2 * len(recipe.data.shapes(1)) + 2)
+        for block in blocks:  # innermost: dynamo compiles nothing inside of a recomputation, nor what moves memory
+            block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
     for i, block in enumerate(blocks):
-        plain: Forward = block.forward
-        forward = plain
-        if recipe.compile and moves:  # nothing that moves memory can be inside
-            forward = torch.compile(forward)
         if weights is not None:
-            forward = weights.fetched(i, forward)
+            block.forward = weights.fetched(i, block.forward)
         if recipe.activation_checkpointing:
-            forward = recomputed(forward)
+            block.forward = recomputed(block.forward)
         if recipe.offload_activations:
-            forward = parking.parked(forward)
-        if forward is not plain:
-            block.forward = forward
-        if recipe.compile and not moves:
-            block.compile()
+            block.forward = parking.parked(block.forward)
 
 
 def recomputed(forward: Forward) -> Forward:
@@ -87,14 +84,16 @@ def recomputed(forward: Forward) -> Forward:
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        names, count = tuple(kwargs), len(args)
-
-        def call(*values: Any) -> Any:
-            return forward(*values[:count], **dict(zip(names, values[count:], strict=True)))
-
+        call = partial(_with_names, forward, tuple(kwargs))
         return checkpoint(call, *args, *kwargs.values(), use_reentrant=False)
 
     return run
+
+
+def _with_names(forward: Forward, names: tuple[str, ...], *values: Any) -> Any:
+    """Call a function with the last values as its keyword arguments."""
+    count = len(values) - len(names)
+    return forward(*values[:count], **dict(zip(names, values[count:], strict=True)))
 
 
 # ---------------------------------------------------------------- activations

@@ -69,11 +69,10 @@ def _frozen_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear
 class QuantizedLinear(nn.Module):
     """A frozen linear layer whose weight is kept as codes.
 
-    They are integers by dtype, fp8 included, so that nobody takes them for a weight.
+    They are integers by dtype, fp8 included, so that nobody takes them for a weight; and parameters, so that they count
+    among what is frozen.
     """
 
-    weight: Tensor
-    scale: Tensor
     pairs: Tensor | None
     """The two numbers that each byte stands for; of nf4."""
 
@@ -82,8 +81,8 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.kind = layer.in_features, layer.out_features, kind
         codes, scale = quantize(layer.weight.detach().to(device), kind)
-        self.register_buffer("weight", codes.to(layer.weight.device))
-        self.register_buffer("scale", scale.to(layer.weight.device))
+        self.weight = nn.Parameter(codes.to(layer.weight.device), requires_grad=False)
+        self.scale = nn.Parameter(scale.to(layer.weight.device), requires_grad=False)
         self.register_buffer("pairs", _pairs(layer.weight.device) if kind == "nf4" else None, persistent=False)
         self.bias = layer.bias
 

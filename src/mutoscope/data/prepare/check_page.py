@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mutoscope.data.check import Checked
+from mutoscope.data.prepare.check import Checked
 from mutoscope.files import replacing
 from mutoscope.recipe import Bucket
 

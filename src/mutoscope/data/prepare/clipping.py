@@ -29,10 +29,10 @@ import av
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from mutoscope.data.clip_list import Failure, Row, failure, read_list
 from mutoscope.data.decoding import Deadline, VideoError
 from mutoscope.data.images import is_image
 from mutoscope.data.media import Media
+from mutoscope.data.prepare.clip_list import Failure, Row, failure, read_list
 from mutoscope.data.seeking import FrameIndex, Packets, packets_of
 from mutoscope.data.video import Clock, frames_at, iter_frames, resize, write_video
 from mutoscope.errors import listed

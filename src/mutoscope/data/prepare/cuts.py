@@ -26,8 +26,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from mutoscope.data.decoding import VideoError
-from mutoscope.data.folder import Folder
 from mutoscope.data.media import VIDEOS, Media, is_url
+from mutoscope.data.sources.folder import Folder
 from mutoscope.data.video import SAME_TIME, frame_index, iter_frames
 from mutoscope.files import replacing
 from mutoscope.progress import Bars

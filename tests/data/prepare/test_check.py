@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from mutoscope.data import check as check_module
-from mutoscope.data.check import Checked, check
-from mutoscope.data.check_page import clock, print_report, write_page
+from mutoscope.data.prepare import check as check_module
+from mutoscope.data.prepare.check import Checked, check
+from mutoscope.data.prepare.check_page import clock, print_report, write_page
 from mutoscope.data.video import write_video
 from mutoscope.recipe import Bucket, ClipSet, Data
 from mutoscope.supervise import Alive

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mutoscope.data import webdataset
-from mutoscope.data.webdataset import Sample, read_samples, split_name
+from mutoscope.data.sources import webdataset
+from mutoscope.data.sources.webdataset import Sample, read_samples, split_name
 
 
 @pytest.fixture(autouse=True)

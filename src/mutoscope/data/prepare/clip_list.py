@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from mutoscope.data.folder import Folder
 from mutoscope.data.media import Media, is_url
-from mutoscope.data.tables import CAPTIONS, VIDEOS, find_column, is_empty, read_seconds, read_string
-from mutoscope.data.tables import rows as read_rows
+from mutoscope.data.sources.folder import Folder
+from mutoscope.data.sources.tables import CAPTIONS, VIDEOS, find_column, is_empty, read_seconds, read_string
+from mutoscope.data.sources.tables import rows as read_rows
 from mutoscope.errors import listed
 
 

@@ -14,10 +14,10 @@ from bar_codes import numbers_of, painted
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mutoscope.data import cuts
-from mutoscope.data.clipping import clip
-from mutoscope.data.cuts import Found, find_clips, find_cuts, find_videos, split_scenes
 from mutoscope.data.media import Media
+from mutoscope.data.prepare import cuts
+from mutoscope.data.prepare.clipping import clip
+from mutoscope.data.prepare.cuts import Found, find_clips, find_cuts, find_videos, split_scenes
 from mutoscope.data.video import Clock, probe, read_frames, write_video
 
 CUTS = [40, 41, 90, 130]

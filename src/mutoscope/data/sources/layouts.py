@@ -15,14 +15,14 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from mutoscope.data import flying_mnist as mnist
-from mutoscope.data import tables
-from mutoscope.data.detect import LOOKED_FOR, check_options, detect, find_line_files, find_tables
 from mutoscope.data.flying_mnist import FLYING_MNIST, Split
-from mutoscope.data.folder import Folder
 from mutoscope.data.media import IMAGES as IMAGES
 from mutoscope.data.media import VIDEOS as VIDEOS
 from mutoscope.data.media import Media
-from mutoscope.data.tables import PLAIN, SPLIT_NAMES, SplitName
+from mutoscope.data.sources import tables
+from mutoscope.data.sources.detect import LOOKED_FOR, check_options, detect, find_line_files, find_tables
+from mutoscope.data.sources.folder import Folder
+from mutoscope.data.sources.tables import PLAIN, SPLIT_NAMES, SplitName
 from mutoscope.errors import listed
 from mutoscope.randomness import seed_of
 from mutoscope.recipe import ClipSet, Data
@@ -94,7 +94,7 @@ def list_clips(clip_set: ClipSet, val_fraction: float = 0.05) -> list[Clip]:
 
 
 def _function(layout: str) -> Callable[[ClipSet, float], list[Clip]]:
-    from mutoscope.data import archives  # Which itself makes clips.
+    from mutoscope.data.sources import archives  # Which itself makes clips.
 
     return {
         "split_folders": split_folders,

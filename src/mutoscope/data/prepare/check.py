@@ -37,10 +37,10 @@ from mutoscope.data import flying_mnist as mnist
 from mutoscope.data.buckets import available_frames, choose_bucket
 from mutoscope.data.captions import check_captions
 from mutoscope.data.decoding import VideoError
-from mutoscope.data.detect import detect
 from mutoscope.data.flying_mnist import FLYING_MNIST
 from mutoscope.data.index import ClipInfo, look
-from mutoscope.data.layouts import Clip, list_clips
+from mutoscope.data.sources.detect import detect
+from mutoscope.data.sources.layouts import Clip, list_clips
 from mutoscope.data.video import frame_index, frames_at, iter_frames
 from mutoscope.progress import Bars
 from mutoscope.recipe import ClipSet, Data

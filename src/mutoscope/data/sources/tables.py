@@ -17,8 +17,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from mutoscope.data.folder import read_bytes
-from mutoscope.data.parquet import read_table
+from mutoscope.data.sources.folder import read_bytes
+from mutoscope.data.sources.parquet import read_table
 from mutoscope.errors import did_you_mean
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")

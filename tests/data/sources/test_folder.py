@@ -6,7 +6,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from mutoscope.data.folder import Folder, read_bytes
+from mutoscope.data.sources.folder import Folder, read_bytes
 
 
 def put(root: Path, *names: str) -> None:

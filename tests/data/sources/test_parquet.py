@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mutoscope.data import parquet
-from mutoscope.data.parquet import column_names, null_rows, read_cell, read_table, table_info
+from mutoscope.data.sources import parquet
+from mutoscope.data.sources.parquet import column_names, null_rows, read_cell, read_table, table_info
 
 VIDEO = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 

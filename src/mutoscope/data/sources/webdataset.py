@@ -20,8 +20,8 @@ import fsspec
 import xxhash
 
 from mutoscope.data.media import IMAGES, VIDEOS, Media, is_url
-from mutoscope.data.tables import PLAIN, decode
-from mutoscope.data.tar import Member, Source, TarError, read_members
+from mutoscope.data.sources.tables import PLAIN, decode
+from mutoscope.data.sources.tar import Member, Source, TarError, read_members
 
 VERSION = 1
 """Raised whenever the same shard would give other samples."""

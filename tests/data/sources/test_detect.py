@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mutoscope.data.detect import check_options, detect, find_line_files, find_tables
-from mutoscope.data.folder import Folder
+from mutoscope.data.sources.detect import check_options, detect, find_line_files, find_tables
+from mutoscope.data.sources.folder import Folder
 from mutoscope.recipe import ClipSet
 
 pa = pytest.importorskip("pyarrow")

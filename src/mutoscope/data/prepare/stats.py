@@ -18,8 +18,8 @@ from mutoscope.data import flying_mnist as mnist
 from mutoscope.data.decoding import VideoError
 from mutoscope.data.flying_mnist import FLYING_MNIST
 from mutoscope.data.index import ClipInfo, inspect
-from mutoscope.data.layouts import Clip, list_clips
 from mutoscope.data.seeking import FrameIndex
+from mutoscope.data.sources.layouts import Clip, list_clips
 from mutoscope.data.video import frame_index, frames_at, read_frames, resize
 from mutoscope.progress import Bars
 from mutoscope.randomness import seed_of

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mutoscope.data.flying_mnist import PRESETS, render
-from mutoscope.data.layouts import Clip, list_clips, list_data, split_by_hash
 from mutoscope.data.media import Media
+from mutoscope.data.sources.layouts import Clip, list_clips, list_data, split_by_hash
 from mutoscope.recipe import ClipSet, Data
 
 
@@ -614,7 +614,7 @@ def test_damaged_metadata_is_refused_or_right(name: str, tmp_path: Path) -> None
 
 
 def test_every_layout_is_in_the_documents() -> None:
-    page = (Path(__file__).parents[2] / "docs/data-layouts.md").read_text()
+    page = (Path(__file__).parents[3] / "docs/data-layouts.md").read_text()
     layouts = get_args(get_type_hints(ClipSet)["layout"])
     assert {"auto", *(line[3:] for line in page.splitlines() if line.startswith("## "))} >= set(layouts)
     assert all(f"[`{layout}`](#{layout})" in page for layout in layouts if layout != "auto")

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
-from mutoscope.data import parquet, tables
-from mutoscope.data.layouts import Clip, rare_collections, refuse, settle
 from mutoscope.data.media import VIDEOS, Media
-from mutoscope.data.shard_files import Shard, find_shards, saved_dataset
-from mutoscope.data.tables import SplitName
-from mutoscope.data.tar import Member
-from mutoscope.data.webdataset import Sample, read_samples
+from mutoscope.data.sources import parquet, tables
+from mutoscope.data.sources.layouts import Clip, rare_collections, refuse, settle
+from mutoscope.data.sources.shard_files import Shard, find_shards, saved_dataset
+from mutoscope.data.sources.tables import SplitName
+from mutoscope.data.sources.tar import Member
+from mutoscope.data.sources.webdataset import Sample, read_samples
 from mutoscope.progress import Bars
 from mutoscope.recipe import ClipSet
 

@@ -10,12 +10,12 @@ import posixpath
 import re
 from collections import Counter
 
-from mutoscope.data import tables
 from mutoscope.data.flying_mnist import FLYING_MNIST
-from mutoscope.data.folder import Folder
 from mutoscope.data.media import IMAGES, VIDEOS, is_url
-from mutoscope.data.parquet import table_info
-from mutoscope.data.tables import SPLIT_NAMES, TABLES, SplitName
+from mutoscope.data.sources import tables
+from mutoscope.data.sources.folder import Folder
+from mutoscope.data.sources.parquet import table_info
+from mutoscope.data.sources.tables import SPLIT_NAMES, TABLES, SplitName
 from mutoscope.recipe import ClipSet
 
 CAPTION_FILES = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")

@@ -8,7 +8,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from mutoscope.data.shard_files import Shard, expand_braces, find_shards, saved_dataset
+from mutoscope.data.sources.shard_files import Shard, expand_braces, find_shards, saved_dataset
 
 
 def put(root: Path, *names: str) -> Path:

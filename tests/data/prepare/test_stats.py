@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mutoscope.data.index import ClipInfo
-from mutoscope.data.layouts import Clip
 from mutoscope.data.media import Media
-from mutoscope.data.shapes import Suggestion
-from mutoscope.data.stats import Histogram, Stats, binned, collect, histograms, measure_motion
-from mutoscope.data.stats_page import print_histograms, print_suggestions, write_page
+from mutoscope.data.prepare.shapes import Suggestion
+from mutoscope.data.prepare.stats import Histogram, Stats, binned, collect, histograms, measure_motion
+from mutoscope.data.prepare.stats_page import print_histograms, print_suggestions, write_page
+from mutoscope.data.sources.layouts import Clip
 from mutoscope.data.video import write_video
 from mutoscope.recipe import Bucket, ClipSet
 

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from mutoscope.data.shapes import Suggestion, to_toml
-from mutoscope.data.stats import Histogram
+from mutoscope.data.prepare.shapes import Suggestion, to_toml
+from mutoscope.data.prepare.stats import Histogram
 from mutoscope.files import replacing
 
 WIDTH = 40

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mutoscope.data.buckets import choose_bucket
-from mutoscope.data.shapes import Allowed, assess, choose_shapes, to_toml
+from mutoscope.data.prepare.shapes import Allowed, assess, choose_shapes, to_toml
 from mutoscope.recipe import Bucket
 from mutoscope.toml import read_toml
 from mutoscope.types import PIXELS, LatentSpec

@@ -24,10 +24,10 @@ from bar_codes import numbers_of, painted
 from media_cases import B_FRAMES, CASES, IRREGULAR, VIDEOS, encode
 from media_cases import make as make_case
 
-from mutoscope.data import clipping
-from mutoscope.data.clip_list import read_list
-from mutoscope.data.clipping import ClipFormat, Clipped, clip
-from mutoscope.data.layouts import list_clips
+from mutoscope.data.prepare import clipping
+from mutoscope.data.prepare.clip_list import read_list
+from mutoscope.data.prepare.clipping import ClipFormat, Clipped, clip
+from mutoscope.data.sources.layouts import list_clips
 from mutoscope.data.video import frame_index, probe, read_frames, write_video
 from mutoscope.recipe import ClipSet
 from mutoscope.supervise import Lost
@@ -348,7 +348,7 @@ def test_a_killed_command_ends_the_same(after: int, films: Path, tmp_path: Path)
     path = write_list(tmp_path / "list.csv", *rows, header="file,start,end,caption,id")
     make(path, tmp_path / "whole")
     out = tmp_path / "killed"
-    code = "import sys; from mutoscope.data.clipping import clip; clip(sys.argv[1], sys.argv[2], workers=1)"
+    code = "import sys; from mutoscope.data.prepare.clipping import clip; clip(sys.argv[1], sys.argv[2], workers=1)"
     process = subprocess.Popen([sys.executable, "-c", code, path, out], stderr=subprocess.DEVNULL)
     while len(list(out.glob("*.mp4"))) < after:
         assert process.poll() is None

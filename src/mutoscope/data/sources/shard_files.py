@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import fsspec
 
-from mutoscope.data.folder import Folder
 from mutoscope.data.media import is_url
-from mutoscope.data.tables import SPLIT_NAMES, SplitName, name_some, read_text
+from mutoscope.data.sources.folder import Folder
+from mutoscope.data.sources.tables import SPLIT_NAMES, SplitName, name_some, read_text
 from mutoscope.errors import listed
 
 MAX_SHARDS = 10**6
