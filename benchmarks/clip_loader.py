@@ -115,13 +115,9 @@ def main() -> None:
     torch.set_num_threads(1)
     peers: dict[Case, list[tuple[str, Make]]] = {SAME: [], RESIZED: []}
     if arguments.peer is not None:
-        dataset = factory_dataset(arguments.peer)
-        sampled = functools.partial(factory_batches, dataset, bucket_sampler=True)
-        peers[SAME] = [
-            ("factory, 2 workers", functools.partial(factory_batches, dataset)),
-            ("factory, its sampler", sampled),
-        ]
-        peers[RESIZED] = peers[SAME][:1]
+        make = functools.partial(factory_batches, factory_dataset(arguments.peer))
+        peers[RESIZED] = [(FACTORY, make)]
+        peers[SAME] = [(FACTORY, make), ("factory, its sampler", functools.partial(make, bucket_sampler=True))]
     if arguments.musubi is not None:
         peers[FOR_MUSUBI] = [("musubi, 2 threads", functools.partial(musubi_batches, arguments.musubi))]
     rows, headline = [], []

@@ -1,16 +1,16 @@
 """What each memory lever saves, and what it costs in time.
 
-    python -m benchmarks.memory_levers [--recipe cogvideox.t2v_lora] [--gpu]
+    python -m benchmarks.memory_levers [--recipe cogvideox.t2v_lora]
 
 Without a recipe, a DiT of 34 million parameters, trained whole and under LoRA. A recipe's network is built from its
 configuration with random weights, on which neither memory nor time depends, and gets random latents and captions; its
 levers are those of full tuning, or of LoRA where it has adapters.
 
-The bytes are counted tensor by tensor: weights, state of the optimizer, gradients at the moment when most lie about, and
-activations that autograd keeps on the device from the forward pass to the backward pass. On a GPU the peak is measured,
-too (`torch.cuda.max_memory_allocated` over the steps, fragmentation aside), and levers that move memory to the CPU are
-among the rows; on a CPU they would move it nowhere. The time is that of a step, the median of three: of one CPU thread,
-or of a GPU's clock on the wall.
+The bytes are counted tensor by tensor: weights, state of the optimizer, gradients at the moment when most lie about,
+and activations that autograd keeps on the device from the forward pass to the backward pass. On a GPU the peak of the
+steps is measured, too (`torch.cuda.max_memory_allocated`: without fragmentation), and levers that move memory to the
+CPU are among the rows; on a CPU they would move it nowhere. The time is that of a step, the median of three: CPU time
+of one thread, or wall time with a GPU.
 """
 
 from __future__ import annotations
@@ -107,24 +107,16 @@ def tuning_levers(base: Recipe, gpu: bool) -> dict[str, Recipe]:
     """Of full tuning."""
     native = "fp32" if isinstance(base.model, CogVideoX) else "bf16"  # others compute in bf16 by autocast alone
     half = replace(base, weights="bf16", precision=native)
-    rate = lambda name: {"name": name, "lr": 1.0 if name == "prodigy" else base.optim.lr}
     optim = lambda recipe, **changes: replace(recipe, optim=replace(recipe.optim, **changes))
     low = optim(half, name="adamw8bit", stochastic_rounding=True)
     found = {"AdamW, fp32 weights": base, "AdamW, bf16 weights": half}
-    for name, called in (
-        ("adamw8bit", "AdamW 8 bit"),
-        ("adamw4bit", "AdamW 4 bit"),
-        ("came", "CAME"),
-        ("prodigy", "Prodigy"),
-    ):
-        found[f"{called}, bf16"] = optim(half, **rate(name))
-    found |= {
-        "AdamW 8 bit, bf16, stochastic rounding": low,
-        "    and gradients released": optim(low, release_gradients=True, max_grad_norm=0.0),
-        "    and blocks recomputed": replace(
-            optim(low, release_gradients=True, max_grad_norm=0.0), activation_checkpointing=True
-        ),
-    }
+    others = {"adamw8bit": "AdamW 8 bit", "adamw4bit": "AdamW 4 bit", "came": "CAME", "prodigy": "Prodigy"}
+    for name, called in others.items():
+        found[f"{called}, bf16 weights"] = optim(half, name=name, lr=1.0 if name == "prodigy" else base.optim.lr)
+    found["AdamW 8 bit, bf16, rounded stochastically"] = low
+    found["    and gradients released"] = released = optim(low, release_gradients=True, max_grad_norm=0.0)
+    if not base.activation_checkpointing:
+        found["    and blocks recomputed"] = replace(released, activation_checkpointing=True)
     if gpu:
         off = optim(replace(half, activation_checkpointing=True), offload=True)
         found["AdamW, bf16, offloaded, recomputed"] = off

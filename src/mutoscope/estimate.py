@@ -36,7 +36,7 @@ from mutoscope.randomness import Draw
 from mutoscope.recipe import Recipe, TextConfig, load_recipe
 from mutoscope.training.ema import EMA
 from mutoscope.training.lora import add_lora
-from mutoscope.training.optimizers import build_optimizers
+from mutoscope.training.optimizers import build_optimizers, cast_trained
 from mutoscope.types import Cond, LatentSpec, ModelIO
 
 aten = torch.ops.aten
@@ -98,6 +98,7 @@ def estimate(recipe: Recipe) -> Estimate:
     with torch.random.fork_rng(devices=[]):
         model = _network(recipe, io, fake)
     with fake, torch.random.fork_rng(devices=[]):
+        cast_trained(model, recipe.weights)
         frozen = _frozen_autoencoder(recipe)
         tracker = _Tracker()
         tracker.tell("weights", [*model.parameters(), *model.buffers()])

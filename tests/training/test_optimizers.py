@@ -206,12 +206,11 @@ def test_parameters_without_a_gradient_have_no_norm() -> None:
 # ---------------------------------------------------------------- what a step does
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "weights"), [(n, w) for n in NAMES for w in ("fp32", "bf16") if (n, w) != ("muon", "bf16")]
+)
 def test_training_lowers_the_loss(name: str, weights: str) -> None:
     """With a schedule, which no optimizer may pass over (cogvideox-factory's offloaded one had none)."""
-    if (name, weights) == ("muon", "bf16"):
-        pytest.skip("refused")
     torch.manual_seed(0)
     model = nn.Sequential()
     model.blocks = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))

@@ -83,10 +83,10 @@ def backward(model: nn.Module, step: int, micro_steps: int = 1) -> Tensor:
     dtype, total = next(model.parameters()).dtype, torch.zeros(())
     for micro in range(micro_steps):
         generator = torch.Generator().manual_seed(10 * step + micro)
-        x = torch.randn(32, 64, generator=generator)
+        x = torch.randn(32, 64, generator=generator).to(next(model.parameters()).device)
         loss = F.mse_loss(model(x.to(dtype)).float(), x.roll(1, 1)) / micro_steps
         loss.backward()
-        total += loss.detach()
+        total += loss.detach().cpu()
     return total
 
 
@@ -281,6 +281,21 @@ def test_offloaded_gradients_add_up_over_micro_steps(weights: str) -> None:
     plain = train(net(weights), optim, range(5), micro_steps=3).model.state_dict()
     for name, x in state.model.state_dict().items():
         torch.testing.assert_close(x, plain[name], atol=1e-6 if weights == "fp32" else 2e-2, rtol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("lever", [name for name, (optim, _) in LEVERS.items() if not optim.stochastic_rounding])
+def test_offload_from_a_gpu(lever: str) -> None:
+    """Copies that are still under way when they are used would show."""
+    optim, weights = LEVERS[lever]
+    model, plain = net(weights).cuda(), net(weights).cuda()
+    optimizers = build_optimizers(model, replace(optim, offload=True))
+    state, on_device = TrainState(model, optimizers, None), TrainState(plain, build_optimizers(plain, optim), None)
+    for one in (state, on_device):
+        run(one, range(20), limit=0.05, micro_steps=2)
+    assert {x.device.type for kept in optimizers[0].state.values() for x in kept.values()} == {"cpu"}
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-4 if weights == "fp32" else 1e-2, rtol=1e-2)
 
 
 # ---------------------------------------------------------------- release

@@ -7,17 +7,15 @@ nothing, skips nothing, and ends in the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.utils.checkpoint import checkpoint as recompute
 
 from mutoscope.build import build_encoder, build_trainee
 from mutoscope.data.buckets import Plan, iterate_once
@@ -37,7 +35,15 @@ from mutoscope.training.checkpoint import load_checkpoint, newest_checkpoint, sa
 from mutoscope.training.ema import EMA
 from mutoscope.training.engine import Engine
 from mutoscope.training.log import Log
-from mutoscope.training.optimizers import build_optimizers, set_learning_rates
+from mutoscope.training.offload import check_offload, place
+from mutoscope.training.optimizers import (
+    build_optimizers,
+    cast_trained,
+    clip_gradients,
+    gradient_norms,
+    set_learning_rates,
+)
+from mutoscope.training.quantize import check_quantization, quantize_frozen
 from mutoscope.training.quarantine import Quarantine
 from mutoscope.training.signals import StopFlag, Stopped, stopping_softly
 from mutoscope.types import Loss
@@ -70,14 +76,22 @@ def train(recipe: Recipe, out: Path) -> Run:
 
 def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -> None:
     # 1. Build. Order of initialisation: a checkpoint of this run > recipe.init_from > fresh weights
+    check_offload(recipe, engine.device)
+    if recipe.quantize != "none":
+        check_quantization(recipe.quantize, engine.device, recipe.compile)
     encoder = build_encoder(recipe, engine.device)
     sources = _open_sources(recipe, encoder, engine, log)
     wanted = read_wanted(recipe, engine.device) if recipe.validation_file is not None else None
     quarantine = Quarantine(run, recipe.data.max_broken, engine, log)
     if engine.main:
         run.save_latent_stats(encoder.stats)
-    model = build_trainee(recipe, encoder.spec).to(engine.device)
-    state = TrainState(model, build_optimizers(model, recipe.optim), EMA(model, recipe.ema) if recipe.ema else None)
+    model = build_trainee(recipe, encoder.spec)
+    cast_trained(model, recipe.weights)
+    if recipe.quantize != "none":
+        quantize_frozen(model, recipe.quantize, engine.device)
+    place(model, recipe, engine.device)
+    optimizers = build_optimizers(model, recipe.optim, recipe.seed)
+    state = TrainState(model, optimizers, EMA(model, recipe.ema) if recipe.ema else None)
     plan = Plan(pools=sources["train"].pools(recipe), seed=recipe.seed, accumulate=recipe.accumulate,
                 rank=engine.rank, world=engine.world)  # fmt: skip
     newest = newest_checkpoint(run.checkpoints, engine, log.say)
@@ -89,7 +103,7 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
         state.consumed = tuple(numbers.get(f"consumed {pool.name}", 0) for pool in plan.pools)
     state.consumed = state.consumed or (0,) * len(plan.pools)
     engine.check_in_sync(model)
-    trainee = engine.wrap(_prepared(model, recipe))
+    trainee = engine.wrap(model)
     clips = sources["train"].loader(plan.batches(state.consumed), recipe.data.workers)
     generator = Generator(recipe, model, encoder)
 
@@ -105,9 +119,11 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
         lr = set_learning_rates(state.optimizers, recipe.optim, state.step, recipe.steps)
         micro = [next(clips) for _ in range(recipe.accumulate)]
         quarantine.add([b for raw in micro if isinstance(raw, Clips) for b in raw.broken], state.step + 1)
-        losses, norm = _forward_backward(recipe, engine, state, trainee, encoder, micro)
+        losses = _forward_backward(recipe, engine, state, trainee, encoder, micro)
+        norms = gradient_norms(state.optimizers)
         if state.step == first_step:
-            _check_reached(model)
+            _check_reached(model, norms)
+        norm = clip_gradients(state.optimizers, norms, recipe.optim.max_grad_norm)
         finite = bool(norm.isfinite())  # the same on all processes: the norm is of the averaged gradients
         if finite:
             for optimizer in state.optimizers:
@@ -204,23 +220,10 @@ class TrainState:
         return self.ema.applied(self.model) if self.ema is not None else nullcontext()
 
 
-def _prepared(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """The model's blocks compiled and recomputed in the backward pass, as the recipe asks; parameters keep names."""
-    if recipe.compile:
-        # One compilation for each shape, and another without gradients: more are a mistake, and stop the run
-        torch._dynamo.config.recompile_limit = max(8, 2 * len(recipe.data.shapes(1)) + 2)
-        for block in model.blocks:  # type: ignore[union-attr]
-            block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
-    if recipe.activation_checkpointing:  # around what is compiled: dynamo compiles nothing inside of a recomputation
-        for block in model.blocks:  # type: ignore[union-attr]
-            block.forward = partial(recompute, block.forward, use_reentrant=False)
-    return model
-
-
 def _forward_backward(
     recipe: Recipe, engine: Engine, state: TrainState, trainee: nn.Module, encoder: Encoder, clips: Sequence[Any]
-) -> tuple[list[tuple[list[str], Loss]], Tensor]:
-    """The micro-steps of one optimizer step, and the clipped gradient's norm before clipping.
+) -> list[tuple[list[str], Loss]]:
+    """The micro-steps of one optimizer step.
 
     Every micro-batch weighs alike and all have the same size, so the gradient is that of the mean over all samples.
     """
@@ -236,13 +239,12 @@ def _forward_backward(
                 loss = recipe.objective.loss(trainee, batch, draw)
             (loss.total / recipe.accumulate).backward()
         done.append((batch.ids, replace(loss, total=loss.total.detach())))  # lets go of the batch and of the graph
-    limit = recipe.optim.max_grad_norm or float("inf")
-    return done, nn.utils.clip_grad_norm_(state.model.parameters(), limit)
+    return done
 
 
-def _check_reached(model: nn.Module) -> None:
+def _check_reached(model: nn.Module, reached: Container[nn.Parameter]) -> None:
     """Raise ValueError for parameters without a gradient: they would never train, and nothing would tell."""
-    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    idle = [name for name, p in model.named_parameters() if p.requires_grad and p not in reached]
     if idle:
         raise ValueError(f"no gradient reaches these parameters; use them, or freeze them: {', '.join(idle[:10])}")
 
