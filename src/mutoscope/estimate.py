@@ -180,7 +180,7 @@ def _train_step(
     for p in trained:
         p.grad = torch.zeros_like(p)
         tracker.tell("gradients", [p.grad])
-        p.register_post_accumulate_grad_hook(lambda p: tracker.tell("gradients", [p.grad]))
+        p.register_post_accumulate_grad_hook(lambda p: tracker.tell("gradients", [] if p.grad is None else [p.grad]))
     for optimizer in optimizers:
         optimizer.step()
         tracker.tell("optimizer", [t for state in optimizer.state.values() for t in state.values()])
