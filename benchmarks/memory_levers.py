@@ -28,11 +28,13 @@ from torch import Tensor, nn
 
 from benchmarks.harness import table
 from mutoscope.build import build_model, model_io
+from mutoscope.contradictions import validate
+from mutoscope.loading import load_recipe
 from mutoscope.models.cogvideox import CogVideoX
 from mutoscope.models.dit import DiT
 from mutoscope.objectives.diffusion import Diffusion
 from mutoscope.randomness import Draw
-from mutoscope.recipe import Data, Lora, Recipe, load_recipe, validate
+from mutoscope.recipe import Data, Lora, Recipe
 from mutoscope.training.lora import add_lora
 from mutoscope.training.offload import place
 from mutoscope.training.optimizers import build_optimizers, cast_trained, clip_gradients, gradient_norms

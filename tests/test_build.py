@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mutoscope.build import build_encoder, build_model, latent_spec, model_io
-from mutoscope.recipe import Autoencoder, load_recipe
+from mutoscope.loading import load_recipe
+from mutoscope.recipe import Autoencoder
 from mutoscope.training.loop import train
 
 

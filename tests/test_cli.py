@@ -15,9 +15,10 @@ import pytest
 
 import mutoscope
 from mutoscope.cli import main
+from mutoscope.loading import load_recipe
 from mutoscope.models.dit import DiT
 from mutoscope.objectives.diffusion import Diffusion
-from mutoscope.recipe import Data, Optim, Recipe, Sampler, load_recipe
+from mutoscope.recipe import Data, Optim, Recipe, Sampler
 from mutoscope.toml import dump_toml
 from mutoscope.training.signals import Stopped
 from mutoscope.verbs import VERBS

@@ -13,10 +13,12 @@ from mutoscope.checkpoints import hash_part
 from mutoscope.data.video import write_video
 from mutoscope.encode import encode
 from mutoscope.encoder import Encoder
+from mutoscope.estimate import estimate
 from mutoscope.models.cogvideox import CogVideoX
-from mutoscope.recipe import Recipe
+from mutoscope.recipe import Optim, Recipe
 from mutoscope.recipes import cogvideox
 from mutoscope.run import Run
+from mutoscope.sample import sample_cogvideox
 from mutoscope.training.loop import train
 from mutoscope.weights import read_weights
 
@@ -106,3 +108,50 @@ def test_frames_that_do_not_fit_are_told_with_the_nearest_that_do(tmp_path: Path
     ours = short(cogvideox.t2v_lora_tiny(), root)
     with pytest.raises(ValueError, match=r"nearest: .*9.*17"):
         train(replace(ours, data=replace(ours.data, frames=13)), tmp_path / "run")
+
+
+def test_a_validation_file_is_drawn_before_step_1_and_as_sample_draws_it(tmp_path: Path, root: str) -> None:
+    """Bit for bit: inference that differs from validation is what users of every trainer report."""
+    (tmp_path / "val.jsonl").write_text(
+        '{"prompt": "a red 3", "seed": 1, "steps": 2}\n{"prompt": "another", "height": 64}\n'
+    )
+    recipe = replace(short(cogvideox.t2v_lora_tiny(), root), validation_file=str(tmp_path / "val.jsonl"))
+    run = train(replace(recipe, sample_every=2), tmp_path / "run")
+    assert len(list((run.samples / "00000000").glob("*.mp4"))) == 2
+    (drawn,) = sample_cogvideox(str(run.folder), out=tmp_path / "a.mp4", wishes={"prompt": "a red 3", "seed": 1})
+    trained, fresh = (run.samples / f"0000000{step}/0-a-red-3.mp4" for step in (2, 0))
+    assert drawn.read_bytes() == trained.read_bytes() != fresh.read_bytes()
+
+
+def test_a_validation_file_with_faults_stops_the_start(tmp_path: Path, root: str) -> None:
+    (tmp_path / "val.jsonl").write_text('{"prompt": "a red 3", "frmes": 9}\n')
+    recipe = replace(short(cogvideox.t2v_lora_tiny(), root), validation_file=str(tmp_path / "val.jsonl"))
+    with pytest.raises(ValueError, match=r"frmes; did you mean frames\?"):
+        train(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "levers",
+    [
+        {"quantize": "int8", "optim": Optim(name="adamw8bit", lr=1e-3)},
+        {"quantize": "nf4", "optim": Optim(name="came", lr=1e-3)},
+        {"lora": None, "weights": "bf16",
+         "optim": Optim(name="adamw4bit", lr=1e-3, max_grad_norm=0.0, release_gradients=True)},
+    ],
+    ids=["int8-8bit", "nf4-came", "bf16-4bit-release"],
+)  # fmt: skip
+def test_levers_train_resume_exactly_and_are_estimated(levers: dict[str, object], tmp_path: Path, root: str) -> None:
+    recipe = replace(short(cogvideox.t2v_lora_tiny(), root), **levers)  # type: ignore[arg-type]
+    train(recipe, tmp_path / "whole")
+    train(replace(recipe, steps=1), tmp_path / "resumed")
+    train(recipe, tmp_path / "resumed")
+    assert equal(tmp_path / "whole", tmp_path / "resumed")
+    assert estimate(recipe).peak_bytes > 0
+
+
+def test_offloading_without_a_gpu_is_refused_before_anything_is_made(tmp_path: Path, root: str) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match="offload_blocks: moves memory from a GPU"):
+        train(replace(short(cogvideox.t2v_lora_tiny(), root), offload_blocks=1), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

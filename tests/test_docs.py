@@ -13,7 +13,7 @@ import pytest
 from mutoscope.cli import main
 from mutoscope.data.flying_mnist import make, preset_named
 from mutoscope.data.video import probe
-from mutoscope.recipe import load_recipe
+from mutoscope.loading import load_recipe
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from mutoscope.config import classes
+from mutoscope.contradictions import validate
 from mutoscope.errors import ConfigError
+from mutoscope.loading import load_recipe, load_toml
 from mutoscope.models.dit import DiT
 from mutoscope.objectives.diffusion import Diffusion
-from mutoscope.recipe import Autoencoder, Data, ModelConfig, Optim, Recipe, Sampler, load_recipe, load_toml, validate
+from mutoscope.recipe import Autoencoder, Data, ModelConfig, Optim, Recipe, Sampler
 from mutoscope.toml import dump_toml
 
 RECIPE = Recipe(

@@ -9,8 +9,9 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from mutoscope.cli import main
+from mutoscope.contradictions import validate
 from mutoscope.limits import LIMITS
-from mutoscope.recipe import find_function, load_recipe, validate
+from mutoscope.loading import find_function, load_recipe
 from mutoscope.recipes import RecipeInfo, list_recipes
 from mutoscope.schema import json_schema
 from mutoscope.toml import dump_toml

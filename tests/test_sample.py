@@ -11,7 +11,7 @@ import torch
 from mutoscope.data.flying_mnist import make, preset_named
 from mutoscope.data.video import probe, read_frames
 from mutoscope.evaluate import evaluate_run
-from mutoscope.recipe import load_recipe
+from mutoscope.loading import load_recipe
 from mutoscope.report import Stage, write_report
 from mutoscope.run import Run
 from mutoscope.sample import conditions, load_generator, sample_run, sample_videos

@@ -10,11 +10,12 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from mutoscope.config import from_dict
+from mutoscope.contradictions import validate
 from mutoscope.errors import ConfigError
 from mutoscope.limits import LIMITS
 from mutoscope.models.dit import DiT
 from mutoscope.objectives.diffusion import Diffusion
-from mutoscope.recipe import Autoencoder, Data, Recipe, Sampler, validate
+from mutoscope.recipe import Autoencoder, Data, Recipe, Sampler
 from mutoscope.schema import json_schema
 from mutoscope.toml import dump_toml
 

@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 
 from mutoscope import suggest as suggest_module
 from mutoscope.build import model_io
+from mutoscope.contradictions import validate
 from mutoscope.data.index import ClipInfo
 from mutoscope.data.media import Media
 from mutoscope.data.prepare.shapes import to_toml
 from mutoscope.data.prepare.stats import Stats
 from mutoscope.data.sources.layouts import Clip
 from mutoscope.estimate import estimate
-from mutoscope.recipe import Bucket, Recipe, load_recipe, validate
+from mutoscope.loading import load_recipe
+from mutoscope.recipe import Bucket, Recipe
 from mutoscope.suggest import constraints, largest_batch, parse_area, parse_memory, parse_rule, suggest
 from mutoscope.types import PIXELS, LatentSpec
 

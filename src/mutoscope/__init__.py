@@ -6,10 +6,15 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mutoscope.contradictions import validate
     from mutoscope.errors import ConfigError
+    from mutoscope.loading import load_recipe
     from mutoscope.recipe import (
         Autoencoder,
+        Bucket,
+        ClipSet,
         Data,
+        Lora,
         ModelConfig,
         ObjectiveConfig,
         Optim,
@@ -17,8 +22,6 @@ if TYPE_CHECKING:
         Recipe,
         Sampler,
         TextConfig,
-        load_recipe,
-        validate,
     )
     from mutoscope.recipes import list_recipes
     from mutoscope.training.loop import train
@@ -27,8 +30,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Autoencoder",
+    "Bucket",
+    "ClipSet",
     "ConfigError",
     "Data",
+    "Lora",
     "ModelConfig",
     "ObjectiveConfig",
     "Optim",
@@ -42,7 +48,13 @@ __all__ = [
     "validate",
 ]
 
-_ELSEWHERE = {"ConfigError": "errors", "list_recipes": "recipes", "train": "training.loop"}
+_ELSEWHERE = {
+    "ConfigError": "errors",
+    "list_recipes": "recipes",
+    "load_recipe": "loading",
+    "train": "training.loop",
+    "validate": "contradictions",
+}
 
 
 def __getattr__(name: str) -> object:

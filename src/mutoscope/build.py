@@ -3,6 +3,7 @@ and estimates alike."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,11 @@ from mutoscope.autoencoders.cogvideox import autoencoder_spec, scaling_stats
 from mutoscope.autoencoders.pretrained import load_autoencoder
 from mutoscope.data.store import LatentStats
 from mutoscope.encoder import Encoder
-from mutoscope.recipe import Autoencoder, Recipe, load_recipe
+from mutoscope.loading import load_recipe
+from mutoscope.recipe import Autoencoder, Recipe
 from mutoscope.run import Run
 from mutoscope.training.lora import add_lora, load_adapter_state
-from mutoscope.types import PIXELS, LatentSpec, ModelIO
+from mutoscope.types import PIXELS, Cond, LatentSpec, ModelIO
 from mutoscope.weights import load_file, read_weights
 
 
@@ -30,7 +32,26 @@ def build_encoder(
 
     Raises FileNotFoundError, with the command that makes it, where the autoencoder's run is not there.
     """
-    config, load_text = recipe.autoencoder, recipe.text.build if recipe.text else None
+    return encoder_of(
+        recipe.autoencoder,
+        device,
+        stats=stats,
+        load_text=recipe.text.build if recipe.text else None,
+        first_frame=recipe.first_frame,
+        trust_code=trust_code,
+    )
+
+
+def encoder_of(
+    config: Autoencoder | None,
+    device: torch.device,
+    *,
+    stats: LatentStats | None = None,
+    load_text: Callable[[], Callable[[list[str]], Cond]] | None = None,
+    first_frame: bool = False,
+    trust_code: bool = False,
+) -> Encoder:
+    """As `build_encoder`, for those who know of an autoencoder and not of a recipe."""
     if config is None:
         return Encoder(stats=stats, load_text=load_text, device=device)
     load = partial(load_autoencoder, config, trust_code=trust_code)
@@ -41,7 +62,7 @@ def build_encoder(
         spec=latent_spec(config),
         stats=scaling_stats(config.path),
         load_text=load_text,
-        first_frame=recipe.first_frame,
+        first_frame=first_frame,
         dtype=config.dtype,
         device=device,
     )

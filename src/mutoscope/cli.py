@@ -78,7 +78,7 @@ def _help(words: list[str]) -> None:
 
 def _help_on_recipe(kind: type[OnRecipe], words: list[str], prog: str) -> None:
     """The verb's options, then the recipe's fields with its own values as defaults."""
-    from mutoscope.recipe import load_recipe
+    from mutoscope.loading import load_recipe
 
     verb = kind(recipe=words[0], trust_code="--trust-code" in words)
     recipe = load_recipe(verb.recipe, trust_code=verb.trusts)

@@ -71,7 +71,8 @@ class OnClips:
         from dataclasses import replace
 
         from mutoscope.config import check
-        from mutoscope.recipe import ClipSet, load_recipe
+        from mutoscope.loading import load_recipe
+        from mutoscope.recipe import ClipSet
 
         names = [f.name for f in fields(ClipSet) if f.name in {f.name for f in fields(self)}]
         defaults = ClipSet(root="")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from multiprocessing import connection
 from pathlib import Path
@@ -23,13 +24,13 @@ from pathlib import Path
 import torch
 import xxhash
 
-from mutoscope.build import build_encoder
+from mutoscope.build import build_encoder, encoder_of
+from mutoscope.contradictions import stored_once
 from mutoscope.data.captions import variants
-from mutoscope.data.dataset import Item, VideoDataset, content_hash, read_item, to_pixels
+from mutoscope.data.dataset import Item, VideoDataset, content_hash, list_and_look, read_item, to_pixels
 from mutoscope.data.flying_mnist import Split
 from mutoscope.data.npy import token_dtype
 from mutoscope.data.shards import Shards, ShardWriter, StoreError
-from mutoscope.data.sources.layouts import list_data
 from mutoscope.data.store import (
     STATS_CLIPS,
     LatentStats,
@@ -48,7 +49,7 @@ from mutoscope.data.video import VideoError
 from mutoscope.encoder import Encoder, describe
 from mutoscope.errors import ConfigError, listed
 from mutoscope.progress import Bars
-from mutoscope.recipe import Data, Recipe, stored_once
+from mutoscope.recipe import Autoencoder, Data, Recipe
 from mutoscope.types import NO_LABEL
 from mutoscope.workers import follow_parent
 
@@ -93,7 +94,7 @@ def encode(recipe: Recipe, out: Path, workers: int = 0, progress: bool = True, t
         scale = encoder.stats
         encoder.release()
         del encoder  # its parts are loaded again when their turn comes, by whoever needs them
-        job = Job(out, recipe, trust_code)
+        job = Job(out, recipe.data, recipe.autoencoder, recipe.first_frame, trust_code)
         broken = _encode_clips(job, manifest, list(zip(items, (i for _, i in found), strict=True)), workers, bar)
         if broken:
             if len(broken) > recipe.data.max_broken:
@@ -142,9 +143,8 @@ def _claim(out: Path, asked: Manifest) -> Manifest:
 
 def _list(data: Data, bar: Bars) -> list[tuple[Split, Item]]:
     """The items of all splits, in the order of training."""
-    splits = Counter(clip.split for clip in list_data(data))
-    tell = bar.start("looking at clips", splits.total())
-    datasets = {split: VideoDataset(data, split, 0, tell) for split in sorted(splits)}
+    listing = list_and_look(data, partial(bar.start, "looking at clips"))
+    datasets = {split: VideoDataset(data, split, 0, listing) for split in sorted({c.split for c in listing.clips})}
     for dataset in datasets.values():
         for line in dataset.report():
             bar.say(line)
@@ -226,14 +226,10 @@ class Job:
     """What a worker process has to know."""
 
     out: Path
-    recipe: Recipe
+    data: Data
+    autoencoder: Autoencoder
+    first_frame: bool
     trust_code: bool
-
-    @property
-    def dtype(self) -> str:
-        """Of stored moments."""
-        assert self.recipe.autoencoder is not None
-        return self.recipe.autoencoder.dtype
 
 
 def _encode_clips(job: Job, manifest: Manifest, work: Work, workers: int, bar: Bars) -> dict[str, str]:
@@ -260,19 +256,19 @@ def _encode_clips(job: Job, manifest: Manifest, work: Work, workers: int, bar: B
 
 def encode_shards(job: Job, shards: Iterable[tuple[int, Work]], device: str, tell: Tell) -> None:
     """Decode, encode and append the clips of some shards. Only this process may write them meanwhile."""
-    encoder = build_encoder(job.recipe, torch.device(device), trust_code=job.trust_code)
+    encoder = encoder_of(job.autoencoder, torch.device(device), trust_code=job.trust_code)
     stored_as = token_dtype(encoder.spec.vocab) if encoder.spec.vocab else encoder.dtype
     for shard, work in shards:
         with ShardWriter(job.out / "video", shard) as writer, _images(job, shard) as images:
             for stored, item in work:
                 try:
-                    video = read_item(item, job.recipe.data, 0, 0, augment=False)
+                    video = read_item(item, job.data, 0, 0, augment=False)
                 except VideoError as error:
                     tell(Failure(stored.key, str(error)))
                     continue
                 moments = encoder.moments(to_pixels(video[None].to(encoder.device)))[0]
                 if moments.is_floating_point() and not moments.isfinite().all():
-                    reason = (f"{item.id}: its latents are not finite in {job.dtype}; "
+                    reason = (f"{item.id}: its latents are not finite in {job.autoencoder.dtype}; "
                               "set autoencoder.dtype to fp32, or look at the clip")  # fmt: skip
                     tell(Failure(stored.key, reason))
                     continue
@@ -283,7 +279,7 @@ def encode_shards(job: Job, shards: Iterable[tuple[int, Work]], device: str, tel
 
 
 def _images(job: Job, shard: int) -> AbstractContextManager[ShardWriter | None]:
-    return ShardWriter(job.out / "image", shard) if job.recipe.first_frame else nullcontext()
+    return ShardWriter(job.out / "image", shard) if job.first_frame else nullcontext()
 
 
 def _in_processes(job: Job, shards: list[tuple[int, Work]], workers: int, tell: Tell) -> None:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from mutoscope.checkpoints import hash_part
 from mutoscope.data.buckets import Pool, make_pools
-from mutoscope.data.dataset import Clips, VideoDataset, make_loader, to_pixels, to_uint8
+from mutoscope.data.dataset import Clips, Listing, VideoDataset, list_and_look, make_loader, to_pixels, to_uint8
 from mutoscope.data.flying_mnist import Split
 from mutoscope.data.store import (
     STATS_CLIPS,
@@ -233,8 +233,8 @@ class Source:
         return to_uint8(self.encoder.decode(encoded)).cpu()
 
 
-def open_source(recipe: Recipe, encoder: Encoder, split: Split) -> Source:
-    """The recipe's clips of a split, from its store if it names one.
+def open_source(recipe: Recipe, encoder: Encoder, split: Split, listing: Listing | None = None) -> Source:
+    """The recipe's clips of a split, from its store if it names one. listing: of its clips, where it is at hand.
 
     Gives the encoder its statistics where it has none yet: the store's, or those of the train clips at hand.
     Raises StoreError where the store was made by another autoencoder, transform or text encoder.
@@ -244,9 +244,10 @@ def open_source(recipe: Recipe, encoder: Encoder, split: Split) -> Source:
         store.check(describe(recipe, encoder))
         encoder.stats = encoder.stats or store.manifest.stats
         return Source(StoredSplit(store, split, recipe.seed), encoder)
-    dataset = VideoDataset(recipe.data, split, recipe.seed)
+    listing = listing or list_and_look(recipe.data)
+    dataset = VideoDataset(recipe.data, split, recipe.seed, listing)
     if encoder.stats is None and not encoder.is_pixels and not encoder.spec.vocab:
-        train = dataset if split == "train" else VideoDataset(recipe.data, "train", recipe.seed)
+        train = dataset if split == "train" else VideoDataset(recipe.data, "train", recipe.seed, listing)
         encoder.fit_stats(train.read(i, i).video for i in range(min(len(train), STATS_CLIPS)))
     return Source(dataset, encoder)
 

@@ -32,11 +32,13 @@ from mutoscope.build import latent_spec, model_io
 from mutoscope.data.dataset import Clips
 from mutoscope.data.store import LatentStats, StoredClips
 from mutoscope.encoder import Encoder
+from mutoscope.loading import load_recipe
 from mutoscope.randomness import Draw
-from mutoscope.recipe import Recipe, TextConfig, load_recipe
+from mutoscope.recipe import Recipe, TextConfig
 from mutoscope.training.ema import EMA
 from mutoscope.training.lora import add_lora
 from mutoscope.training.optimizers import build_optimizers, cast_trained
+from mutoscope.training.quantize import quantize_frozen
 from mutoscope.types import Cond, LatentSpec, ModelIO
 
 aten = torch.ops.aten
@@ -99,6 +101,8 @@ def estimate(recipe: Recipe) -> Estimate:
         model = _network(recipe, io, fake)
     with fake, torch.random.fork_rng(devices=[]):
         cast_trained(model, recipe.weights)
+        if recipe.quantize != "none":
+            quantize_frozen(model, recipe.quantize, torch.device("cpu"))
         frozen = _frozen_autoencoder(recipe)
         tracker = _Tracker()
         tracker.tell("weights", [*model.parameters(), *model.buffers()])
@@ -153,6 +157,9 @@ def describe(recipe: Recipe) -> str:
     settings = f"batch_size {recipe.batch_size}, {recipe.precision}"
     if recipe.activation_checkpointing:
         settings += ", activation checkpointing"
+    moved = [name for name in ("offload_activations", "offload_blocks") if getattr(recipe, name)]
+    if moved := moved + ["optim.offload"] * recipe.optim.offload:
+        settings += f"; what {' and '.join(moved)} would move to the CPU is counted in"
     rows = [
         ("clip", " -> ".join(shapes)),
         ("parameters", f"{_count(total)}" + (f", {_count(cost.trainable)} trained" if cost.trainable < total else "")),

@@ -27,7 +27,8 @@ import torch
 from mutoscope.config import classes, to_dict
 from mutoscope.data.store import LatentStats
 from mutoscope.files import replacing
-from mutoscope.recipe import Recipe, load_recipe, load_toml
+from mutoscope.loading import load_recipe, load_toml
+from mutoscope.recipe import Recipe
 from mutoscope.toml import dump_toml
 from mutoscope.user_code import code_files
 

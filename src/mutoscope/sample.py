@@ -14,13 +14,15 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from mutoscope.build import build_encoder, build_trained, model_io
+from mutoscope.contradictions import validate
 from mutoscope.data.dataset import to_uint8
 from mutoscope.data.video import write_video
 from mutoscope.encoder import Encoder
+from mutoscope.loading import RECIPE_FILE
 from mutoscope.models.cogvideox import CogVideoX, CogVideoXModel
 from mutoscope.objectives.diffusion import Diffusion
 from mutoscope.randomness import Draw
-from mutoscope.recipe import RECIPE_FILE, Recipe, Sampler, validate
+from mutoscope.recipe import Recipe, Sampler
 from mutoscope.run import Run
 from mutoscope.samplers.diffusion import sample_diffusion
 from mutoscope.text.t5 import T5

@@ -56,8 +56,10 @@ class OnRecipe:
 
     def load(self, flags: Sequence[str]) -> Recipe:
         """The recipe with the fields that `flags` set, validated."""
+        from mutoscope.contradictions import validate
+        from mutoscope.loading import load_recipe
         from mutoscope.overrides import override
-        from mutoscope.recipe import Recipe, load_recipe, validate
+        from mutoscope.recipe import Recipe
 
         own, of_recipe = ([f"--{f.name}".replace("_", "-") for f in fields(cls)] for cls in (self, Recipe))
         for flag in flags:
@@ -92,7 +94,7 @@ class Show(OnRecipe):
     def run(self, flags: Sequence[str]) -> None:
         from mutoscope.estimate import describe
         from mutoscope.limits import LIMITS
-        from mutoscope.recipe import find_function
+        from mutoscope.loading import find_function
         from mutoscope.schema import json_schema
         from mutoscope.toml import dump_toml
 
@@ -256,11 +258,12 @@ class Sample:
 
         folder = Path(self.source)
         wishes = {name: getattr(self, name) for name in _WISHES if getattr(self, name) is not None}
-        if cogvideox_recipe(folder, self.trust_code) is not None or not (folder / "recipe.toml").exists():
+        recipe = cogvideox_recipe(folder, self.trust_code)
+        if recipe is not None or not (folder / "recipe.toml").exists():
             if self.label is not None:
                 raise ConfigError("--label: CogVideoX has no classes; describe the video by --prompt")
-            steps = self.num * (self.steps or 50)
-            with _progress("drawing", steps) as tick:
+            steps = self.steps or (recipe.sampler.steps if recipe is not None and recipe.sampler else 50)
+            with _progress("drawing", self.num * steps) as tick:
                 paths = sample_cogvideox(
                     self.source,
                     out=self.out,

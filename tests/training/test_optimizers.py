@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mutoscope.contradictions import validate
 from mutoscope.errors import ConfigError
 from mutoscope.models.dit import DiT
 from mutoscope.objectives.diffusion import Diffusion
-from mutoscope.recipe import Data, Lora, Optim, Parallel, Recipe, validate
+from mutoscope.recipe import Data, Lora, Optim, Parallel, Recipe
 from mutoscope.training.optimizers import (
     build_optimizers,
     cast_trained,

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from mutoscope.autoencoders.cogvideox import load_cogvideox_autoencoder
-from mutoscope.recipe import Autoencoder, load_recipe
+from mutoscope.loading import load_recipe
+from mutoscope.recipe import Autoencoder
 from mutoscope.types import DTYPES, ModelIO
 from mutoscope.weights import load_strict, read_weights
 

@@ -89,24 +89,44 @@ class Clips:
         return replace(self, video=self.video.pin_memory())
 
 
+@dataclass(frozen=True)
+class Listing:
+    """All clips of a data set, of every split, and what a look at each has found."""
+
+    clips: list[Clip]
+    infos: list[ClipInfo | str]
+    """A text says why the clip is broken."""
+
+
+def list_and_look(data: Data, begin: Callable[[int], Callable[[], None]] = lambda total: lambda: None) -> Listing:
+    """List the clips and look at the head and the timestamps of every file; what is found is remembered on disk
+    (`data/index.py`).
+
+    begin: called with the number of clips before they are looked at; what it returns is called for each.
+    """
+    clips = list_data(data)
+    return Listing(clips, inspect(clips, data.timeout, begin(len(clips))))
+
+
 class VideoDataset(Dataset[Sample]):
     """The clips of a split, each at the shape of its bucket."""
 
-    def __init__(self, data: Data, split: Split, seed: int, on_clip: Callable[[], None] | None = None) -> None:
-        """Lists the clips and looks at the head and the timestamps of every file; what it finds is remembered on disk
-        (`data/index.py`). `on_clip` is called for each.
+    def __init__(self, data: Data, split: Split, seed: int, listing: Listing | None = None) -> None:
+        """listing: of this data, where it is at hand already.
 
         Raises ValueError where the options contradict each other, the split is empty, a label is out of range, clips
         are too short for ``short="error"``, or more than `max_broken` are broken.
         """
         _check_options(data)
         self.data, self.seed, self.split = data, seed, split
-        clips = [c for c in list_data(data) if c.split == split]
+        listing = listing or list_and_look(data)
+        ours = [(clip, info) for clip, info in zip(listing.clips, listing.infos, strict=True) if clip.split == split]
+        clips = [clip for clip, _ in ours]
         if not clips:
             raise ValueError(f"data.root={data.root}: no clips in {split} (data.val_fraction={data.val_fraction})")
         _check_labels(clips, data.num_labels)
         check_captions(clips, data)
-        self.items, self.broken, self.left_out = _sort_out(clips, data, inspect(clips, data.timeout, on_clip))
+        self.items, self.broken, self.left_out = _sort_out(clips, data, [info for _, info in ours])
         if not self.items:
             raise ValueError(f"data.root={data.root}: no usable clip among the {len(clips)} of {split}; "
                              + listed([f"{b.id}: {b.reason}" for b in self.broken] + self.left_out))  # fmt: skip
@@ -278,7 +298,7 @@ def _media_hash(media: Media, version: tuple[int, int]) -> str:
 
 
 def _check_options(data: Data) -> None:
-    """What `recipe.validate` says of a recipe, for those who come without one."""
+    """What `contradictions.validate` says of a recipe, for those who come without one."""
     if data.cache and (data.window == "random" or data.resize == "random_crop"):
         raise ValueError('data.cache keeps one window and crop of each clip: with window="random" or '
                          'resize="random_crop" they would be the same for ever; set data.cache=false')  # fmt: skip

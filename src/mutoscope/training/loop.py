@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,15 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from mutoscope.build import build_encoder, build_trainee
+from mutoscope.contradictions import validate
 from mutoscope.data.buckets import Plan, iterate_once
-from mutoscope.data.dataset import Clips
+from mutoscope.data.dataset import Clips, list_and_look
 from mutoscope.data.flying_mnist import Split
-from mutoscope.data.index import inspect
-from mutoscope.data.sources.layouts import list_data
 from mutoscope.encoder import Encoder, Source, open_source
 from mutoscope.export import save_trained
 from mutoscope.pictures import like, write_grid
 from mutoscope.randomness import Draw, seed_of
-from mutoscope.recipe import Recipe, validate
+from mutoscope.recipe import Recipe
 from mutoscope.report import write_report
 from mutoscope.run import Run
 from mutoscope.sample import Generator, Wanted, draw_wanted, inference, preview, read_wanted
@@ -63,6 +63,9 @@ def train(recipe: Recipe, out: Path) -> Run:
     engine = Engine.start(recipe.parallel)
     run = Run(out)
     try:
+        check_offload(recipe, engine.device)
+        if recipe.quantize != "none":
+            check_quantization(recipe.quantize, engine.device, recipe.compile)
         with run.locked() if engine.main else nullcontext(), stopping_softly() as stop:
             with engine.main_first():
                 if engine.main:
@@ -76,12 +79,9 @@ def train(recipe: Recipe, out: Path) -> Run:
 
 def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -> None:
     # 1. Build. Order of initialisation: a checkpoint of this run > recipe.init_from > fresh weights
-    check_offload(recipe, engine.device)
-    if recipe.quantize != "none":
-        check_quantization(recipe.quantize, engine.device, recipe.compile)
     encoder = build_encoder(recipe, engine.device)
-    sources = _open_sources(recipe, encoder, engine, log)
     wanted = read_wanted(recipe, engine.device) if recipe.validation_file is not None else None
+    sources = _open_sources(recipe, encoder, engine, log)
     quarantine = Quarantine(run, recipe.data.max_broken, engine, log)
     if engine.main:
         run.save_latent_stats(encoder.stats)
@@ -171,11 +171,11 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
 
 def _open_sources(recipe: Recipe, encoder: Encoder, engine: Engine, log: Log) -> dict[Split, Source]:
     """The clips to train and to validate on; what became of them goes to the log."""
+    listing = None
     if recipe.data.latents is None:
         with engine.main_first():  # process 0 looks at the files, the others at what it remembered of them
-            found = list_data(recipe.data)
-            inspect(found, recipe.data.timeout, log.ticker("looking at clips", len(found)))
-    sources: dict[Split, Source] = {split: open_source(recipe, encoder, split) for split in ("train", "val")}
+            listing = list_and_look(recipe.data, partial(log.ticker, "looking at clips"))
+    sources: dict[Split, Source] = {split: open_source(recipe, encoder, split, listing) for split in ("train", "val")}
     for source in sources.values():
         for line in source.report():
             log.say(line)
