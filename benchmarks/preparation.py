@@ -72,7 +72,7 @@ class Case:
 
 
 # 64 clips are one shard, which is one worker's.
-CASES = (Case("few", 16, SIDE, SIDE), Case("same_size", 256, SIDE, SIDE), Case("resized", 128, 480, 720))
+CASES = (Case("few", 16, SIDE, SIDE), Case("same_size", 128, SIDE, SIDE), Case("resized", 128, 480, 720))
 
 
 def main() -> None:
