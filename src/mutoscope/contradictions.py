@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from mutoscope.config import check
 from mutoscope.errors import ConfigError
 from mutoscope.limits import out_of_limits
-from mutoscope.recipe import ClipSet, Data, Optim, Recipe
+from mutoscope.objectives.diffusion import Diffusion
+from mutoscope.objectives.tokens import NextToken
+from mutoscope.recipe import ClipSet, Data, Optim, Recipe, Sampler, TokenSampler
 
 
 def validate(recipe: Recipe) -> None:
@@ -49,7 +51,11 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             yield "recipe.data.cache: stored latents are memory-mapped already; it is for clips"
     if data.cache and (data.window == "random" or data.resize == "random_crop"):
         yield "recipe.data.cache: random windows and crops are new each time, so that there is nothing to keep"
-    if sampler is not None and sampler.eta and sampler.method != "ddim":
+    if isinstance(recipe.objective, NextToken) and isinstance(sampler, Sampler):
+        yield 'recipe.sampler: tokens are drawn one by one, not by diffusion; set sampler.type = "TokenSampler"'
+    if isinstance(recipe.objective, Diffusion) and isinstance(sampler, TokenSampler):
+        yield 'recipe.sampler: videos are drawn by diffusion, not token by token; set sampler.type = "Sampler"'
+    if isinstance(sampler, Sampler) and sampler.eta and sampler.method != "ddim":
         yield f"recipe.sampler.eta: only ddim puts noise back, the method is {sampler.method}; set eta = 0"
     if optim.final_lr and optim.schedule == "constant":
         yield "recipe.optim.final_lr: a constant schedule has no end; set final_lr = 0, or schedule to linear or cosine"

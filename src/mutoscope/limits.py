@@ -47,6 +47,9 @@ LIMITS: dict[str, Limits] = {
     "sampler.steps": AT_LEAST_1,
     "sampler.guidance_scale": AT_LEAST_0,
     "sampler.eta": UP_TO_1,
+    "sampler.temperature": AT_LEAST_0,
+    "sampler.top_k": AT_LEAST_0,
+    "sampler.top_p": {"exclusiveMinimum": 0, "maximum": 1},
     "optim.lr": POSITIVE,  # 0 trains nothing and says so nowhere
     "optim.betas": SHARE,
     "optim.eps": POSITIVE,

@@ -270,6 +270,20 @@ class Sampler:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenSampler:
+    """How videos are drawn from a model over tokens: one token after the other."""
+
+    temperature: float = 1.0
+    """The logits are divided by it: below 1, likely tokens become likelier; 0 always takes the likeliest."""
+    top_k: int = 0
+    """Draw from the k likeliest tokens only; 0 from all."""
+    top_p: float = 1.0
+    """Draw from the fewest tokens that together have this probability (arXiv:1904.09751); 1 from all."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance of the logits; 1 turns it off, higher follows the condition more."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Optim:
     """The optimizer and its schedule. All counts are optimizer steps."""
 
@@ -332,8 +346,8 @@ class Recipe:
     """Give the model the first frame of each clip, as image to video does; it is noised anew each time."""
     lora: Lora | None = None
     """Train a low-rank update of the model and keep its own weights as they are; none trains all weights."""
-    sampler: Sampler | None = None
-    """How videos are drawn; none for models that do not generate."""
+    sampler: Sampler | TokenSampler | None = None
+    """How videos are drawn, by diffusion or token by token; none for models that do not generate."""
     validation_file: str | None = None
     """A table (JSONL, CSV, ...) of videos to draw at each sample_every: prompt, image, frames, seed, ... in columns."""
     optim: Optim = field(default_factory=Optim)

@@ -21,10 +21,12 @@ from mutoscope.encoder import Encoder
 from mutoscope.loading import RECIPE_FILE
 from mutoscope.models.cogvideox import CogVideoX, CogVideoXModel
 from mutoscope.objectives.diffusion import Diffusion
+from mutoscope.objectives.tokens import NextToken
 from mutoscope.randomness import Draw
-from mutoscope.recipe import Recipe, Sampler
+from mutoscope.recipe import Recipe, Sampler, TokenSampler
 from mutoscope.run import Run
 from mutoscope.samplers.diffusion import sample_diffusion
+from mutoscope.samplers.tokens import sample_tokens
 from mutoscope.text.t5 import T5
 from mutoscope.types import NO_LABEL, Batch, Cond
 
@@ -77,8 +79,12 @@ def draw_videos(
     with inference(recipe, model):
         match recipe.objective:
             case Diffusion() as objective:
+                assert isinstance(recipe.sampler, Sampler)
                 shape = (io.channels, *io.grid)
                 drawn = sample_diffusion(model, objective, recipe.sampler, cond, shape, draw, on_step)
+            case NextToken():
+                assert isinstance(recipe.sampler, TokenSampler)
+                drawn = sample_tokens(model, recipe.sampler, cond, io.grid, draw, on_step=on_step)
             case other:
                 raise ValueError(f"recipe.objective {type(other).__name__} has no sampler")
     return to_uint8(generator.encoder.decode(drawn)).cpu()
@@ -176,11 +182,12 @@ def sample_run(
     sampler = generator.recipe.sampler
     if sampler is None:
         raise ValueError(f"{folder} holds a model that does not generate (its recipe has no sampler)")
-    sampler = replace(
-        sampler,
-        steps=sampler.steps if steps is None else steps,
-        guidance_scale=sampler.guidance_scale if guidance_scale is None else guidance_scale,
-    )
+    if guidance_scale is not None:
+        sampler = replace(sampler, guidance_scale=guidance_scale)
+    if steps is not None:
+        if not isinstance(sampler, Sampler):
+            raise ValueError(f"--steps {steps}: {folder} holds a model over tokens, which are drawn one by one")
+        sampler = replace(sampler, steps=steps)
     generator = replace(generator, recipe=replace(generator.recipe, sampler=sampler))
     validate(generator.recipe)
     cond = conditions(generator, num, label, prompt)
@@ -277,6 +284,7 @@ def request_of(recipe: Recipe) -> Request:
 
     assert isinstance(recipe.model, CogVideoX)
     data, sampler = recipe.data, recipe.sampler or Sampler()
+    assert isinstance(sampler, Sampler)
     base = request_for(recipe.model.path)
     return replace(
         base,

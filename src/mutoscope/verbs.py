@@ -254,6 +254,7 @@ class Sample:
     """Import the Python files in the run directory that its recipe names. They can do whatever you can."""
 
     def run(self) -> None:
+        from mutoscope.recipe import Sampler
         from mutoscope.sample import cogvideox_recipe, sample_cogvideox, sample_run
 
         folder = Path(self.source)
@@ -262,7 +263,8 @@ class Sample:
         if recipe is not None or not (folder / "recipe.toml").exists():
             if self.label is not None:
                 raise ConfigError("--label: CogVideoX has no classes; describe the video by --prompt")
-            steps = self.steps or (recipe.sampler.steps if recipe is not None and recipe.sampler else 50)
+            sampler = recipe.sampler if recipe is not None else None
+            steps = self.steps or (sampler.steps if isinstance(sampler, Sampler) else 50)
             with _progress("drawing", self.num * steps) as tick:
                 paths = sample_cogvideox(
                     self.source,
