@@ -46,10 +46,15 @@ def fine_tuned(name: str) -> CogVideoXModel:
     return model
 
 
+def same(done: Exported) -> bool:
+    """The same weights: some CPUs' matrix products hang, in the last bits, on where in memory the weights lie."""
+    return done.max_difference <= 1e-6 * done.largest
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_full_fine_tune_is_a_checkpoint(name: str, tmp_path: Path) -> None:
     done = full(tmp_path / "full", name, lambda: fine_tuned(name), None, {})
-    assert done.max_difference == 0 and done.strength is None
+    assert same(done) and done.strength is None
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "full", dtype=torch.float32)
     assert isinstance(pipe, CogVideoXImageToVideoPipeline if name.endswith("i2v") else CogVideoXPipeline)
     weights = pipe.transformer.state_dict()
@@ -75,7 +80,7 @@ def test_a_merged_lora_is_a_checkpoint(dora: bool, tmp_path: Path) -> None:
 def test_shards(tmp_path: Path) -> None:
     build = lambda: fine_tuned("cogvideox-t2v")
     done = full(tmp_path / "full", "cogvideox-t2v", build, None, {}, shard_bytes=100_000)
-    assert done.max_difference == 0
+    assert same(done)
     folder = tmp_path / "full" / "transformer"
     index = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())
     shards = sorted(folder.glob("*.safetensors"))
@@ -172,7 +177,7 @@ def test_a_run_of_all_weights(tmp_path: Path) -> None:
     save_weights(run.weights, fine_tuned("cogvideox-t2v").state_dict())
     with pytest.raises(ValueError, match="--to peft is for LoRAs, and this run trained all weights; use --to full"):
         export_run(run, "peft")
-    assert export_run(run, "full").max_difference == 0
+    assert same(export_run(run, "full"))
     pipe = CogVideoXPipeline.from_pretrained(run.folder / "exports" / "full", dtype=torch.float32)
     assert torch.equal(output(pipe.transformer), output(fine_tuned("cogvideox-t2v").transformer))
 
