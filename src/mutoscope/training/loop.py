@@ -163,7 +163,7 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
     # 5. What the run is for
     if engine.main:
         with state.averaged():
-            save_trained(model, recipe, run.weights)
+            save_trained(model, recipe, run)
         write_report(run.folder / "report.html", run.folder.name, {"Training": run})
         log.say(f"weights: {run.weights}; report: {run.folder / 'report.html'}")
     engine.barrier()
