@@ -28,6 +28,7 @@ from mutoscope.models.cogvideox import CogVideoX, CogVideoXModel
 from mutoscope.randomness import Draw
 from mutoscope.recipe import Lora, Recipe
 from mutoscope.run import Run
+from mutoscope.sharded import whole
 from mutoscope.training.lora import adapter_of, add_lora, load_adapter_state, merged_weights, network_of
 from mutoscope.types import DTYPES, Cond, ModelIO
 from mutoscope.weights import load_file, read_weights, save_weights
@@ -111,12 +112,16 @@ def export_run(
     )
 
 
-def save_trained(model: nn.Module, recipe: Recipe, path: Path) -> None:
-    """Write what training made: all weights; or adapters alone, with their alphas, where the recipe has some."""
+def save_trained(model: nn.Module, recipe: Recipe, path: Path, write: bool = True) -> None:
+    """Write what training made: all weights; or adapters alone, with their alphas, where the recipe has some. Where
+    processes hold the model in parts they call this together, as `save_weights`."""
     if recipe.lora is not None:
-        write_adapter(path, adapter_of(model, origin_of(recipe)))
+        adapter = adapter_of(model, origin_of(recipe))
+        adapter = replace(adapter, state={key: whole(tensor) for key, tensor in adapter.state.items()})
+        if write:
+            write_adapter(path, adapter)
     else:
-        save_weights(path, model.state_dict(), {"recipe": type(recipe.model).__name__})
+        save_weights(path, model.state_dict(), {"recipe": type(recipe.model).__name__}, write)
 
 
 def origin_of(recipe: Recipe) -> dict[str, str]:
