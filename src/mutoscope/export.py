@@ -28,6 +28,7 @@ from mutoscope.models.cogvideox import CogVideoX, CogVideoXModel
 from mutoscope.randomness import Draw
 from mutoscope.recipe import Lora, Recipe
 from mutoscope.run import Run
+from mutoscope.sharded import whole
 from mutoscope.training.lora import adapter_of, add_lora, load_adapter_state, merged_weights, network_of
 from mutoscope.types import DTYPES, Cond, ModelIO
 from mutoscope.weights import load_file, save_weights
@@ -118,13 +119,17 @@ def _trained_state(run: Run, recipe: Recipe, lora: Lora) -> dict[str, Tensor]:
     return read_adapter(run.weights, network).scaled(lora.scale).state
 
 
-def save_trained(model: nn.Module, recipe: Recipe, run: Run) -> None:
+def save_trained(model: nn.Module, recipe: Recipe, run: Run, write: bool = True) -> None:
     """Write what training made to the run's final/: all weights; or, where the recipe has adapters, those alone, as
-    `load_lora_weights` of a diffusers pipeline reads them."""
+    `load_lora_weights` of a diffusers pipeline reads them. Where processes hold the model in parts they call this
+    together, as `save_weights`, and one of them with `write`."""
     if recipe.lora is not None:
-        write_diffusers(run.final, adapter_of(model, origin_of(recipe)))
+        adapter = adapter_of(model, origin_of(recipe))
+        adapter = replace(adapter, state={key: whole(tensor) for key, tensor in adapter.state.items()})
+        if write:
+            write_diffusers(run.final, adapter)
     else:
-        save_weights(run.weights, model.state_dict(), {"recipe": type(recipe.model).__name__})
+        save_weights(run.weights, model.state_dict(), {"recipe": type(recipe.model).__name__}, write)
 
 
 def origin_of(recipe: Recipe) -> dict[str, str]:

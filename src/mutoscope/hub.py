@@ -37,7 +37,9 @@ def download(
         raise ValueError(f"{hub_id}: a {what} on the Hugging Face Hub takes huggingface_hub: {INSTALL}") from error
     try:
         return Path(
-            snapshot_download(hub_id, repo_type=kind, revision=revision, allow_patterns=list(patterns) if patterns else None)
+            snapshot_download(
+                hub_id, repo_type=kind, revision=revision, allow_patterns=list(patterns) if patterns else None
+            )
         )
     except GatedRepoError:
         reason = (f"its owner asks you to accept a licence: do so at https://huggingface.co/{page}{hub_id}, then "

@@ -36,8 +36,8 @@ from mutoscope.toml import dump_toml
 from mutoscope.user_code import code_files
 
 FREE_TO_CHANGE = (
-    "steps", "log_every", "validate_every", "sample_every", "save_every", "num_samples", "wandb", "compile",
-    "activation_checkpointing", "parallel", "data.workers", "data.cache", "data.max_broken", "data.timeout",
+    "steps", "log_every", "validate_every", "sample_every", "save_every", "keep_last", "keep_every", "num_samples",
+    "wandb", "compile", "activation_checkpointing", "parallel", "data.workers", "data.cache", "data.max_broken", "data.timeout",
     "optim.max_bad_steps",
 )  # fmt: skip
 """What a resumed run may set anew; everything else decides what the weights become."""
