@@ -93,7 +93,7 @@ def modulate(
 def rotate(
     x: Float[Tensor, "b heads n e"], cos: Float[Tensor, "n e2"], sin: Float[Tensor, "n e2"]
 ) -> Float[Tensor, "b heads n e"]:
-    """Rotary positions (arXiv:2104.09864 §3.4.2): pairs of neighbouring channels, turned by the angle of their place."""
+    """Rotary positions (arXiv:2104.09864 §3.4.2): pairs of channels side by side, turned by the angles of a place."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)

@@ -37,7 +37,7 @@ def log_variance_range(
 
 
 def log_variance(
-    out: Float[Tensor, "b c t h w"], low: Float[Tensor, "b"], high: Float[Tensor, "b"]
+    out: Float[Tensor, "b c t h w"], low: Float[Tensor, "#b"], high: Float[Tensor, "#b"]
 ) -> Float[Tensor, "b c t h w"]:
     """log σ² of what the network puts out: −1 is `low`, 1 is `high`, and anything else in between or beyond."""
     low, high = (v.reshape(-1, 1, 1, 1, 1) for v in (low, high))
