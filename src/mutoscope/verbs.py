@@ -18,6 +18,7 @@ import tyro
 
 from mutoscope.data_verbs import Check, FindCuts, MakeClips, MakeFlyingMNIST, Stats
 from mutoscope.errors import ConfigError
+from mutoscope.workers import worker_context
 
 if TYPE_CHECKING:
     from mutoscope.recipe import Recipe
@@ -135,6 +136,8 @@ class Encode(OnRecipe):
     """Processes, each with an autoencoder of its own; 0 works in this one."""
 
     def run(self, flags: Sequence[str]) -> None:
+        if self.workers:
+            worker_context()  # they import torch while this process does
         from mutoscope.encode import encode
 
         recipe = self.load(flags)
