@@ -245,7 +245,7 @@ def test_videos_are_independent_of_their_company() -> None:
     together = model(x, time, cond)
     for i in range(4):
         row = slice(i, i + 1)
-        torch.testing.assert_close(model(x[row], time[row], cond.rows(row)), together[row], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(x[row], time[row], cond.rows(row)), together[row], atol=1e-4, rtol=1e-5)
 
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}

@@ -319,7 +319,9 @@ def test_recurrent_states_are_transformers(version: int) -> None:
         zero = config.build(ModelIO(channels=3, grid=(1, 1, 1), vocab=9))._states(2, None)
         _, conv, final = ours(x, *zero)
     torch.testing.assert_close(final, cache.get_recurrent_state(0, state_idx=0).float(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(conv.transpose(1, 2), cache.get_conv_state(0, state_idx=0)[..., -3:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        conv.transpose(1, 2), cache.get_conv_state(0, state_idx=0)[..., -3:], atol=1e-5, rtol=1e-5
+    )
 
 
 # ---------------------------------------------------------------- sizes

@@ -14,9 +14,7 @@ from mutoscope.models.selective_scan import selective_scan, ssd, through_statele
 Scan = Callable[..., tuple[Tensor, Tensor]]
 
 
-def reference_scan(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor
-) -> tuple[Tensor, Tensor]:
+def reference_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """mamba_ssm's selective_scan_ref, from a state on: ours without its D, z and softplus."""
     y = []
     for i in range(u.shape[1]):

@@ -59,9 +59,7 @@ def selective_scan(
     mutates_args=(),
     schema="(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor initial) -> (Tensor, Tensor, Tensor)",
 )
-def _scan(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(y, final state, the states (blocks, b, d, s) that blocks begin at)."""
     y, (blocks, size) = torch.empty_like(u), _blocks(u, A)
     starts = initial.new_empty(blocks, *initial.shape)
