@@ -447,7 +447,7 @@ def test_faults_of_whole_tables(content: str, options: dict[str, object], text: 
 
 def test_no_such_table(tmp_path: Path) -> None:
     put_files(tmp_path)
-    assert faults(tmp_path, dataset_file="none.csv") == "none.csv: no such file"
+    assert "dataset_file=none.csv: no such file below" in faults(tmp_path, dataset_file="none.csv")
     assert "layout table looked there for metadata.csv" in faults(tmp_path, layout="table")
     assert "must end in .csv, .tsv" in faults(tmp_path, dataset_file="list.xlsx")
 

@@ -25,6 +25,7 @@ from mutoscope.data.sources.folder import Folder
 from mutoscope.data.sources.splits import cut_from, split_by_hash
 from mutoscope.data.sources.tables import PLAIN, SPLIT_NAMES, SplitName
 from mutoscope.errors import listed
+from mutoscope.hub import local_root
 from mutoscope.recipe import ClipSet, Data
 
 MEDIA = VIDEOS | IMAGES
@@ -83,10 +84,12 @@ def list_clips(clip_set: ClipSet, val_fraction: float = 0.05) -> list[Clip]:
     of the film. A test part is the val part where there is no other, and else left out.
 
     Raises ValueError where the root does not fit the layout, and for all that is wrong with what lies in it, together:
-    missing files, duplicate ids, empty captions, counts that do not match, bad labels and times.
+    missing files, duplicate ids, empty captions, counts that do not match, bad labels and times. FileNotFoundError for
+    a data set on the Hugging Face Hub that can't be had.
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"data.val_fraction={val_fraction} must lie in [0, 1)")
+    clip_set = replace(clip_set, root=local_root(clip_set.root))
     with rare_collections():
         layout = detect(clip_set) if clip_set.layout == "auto" else clip_set.layout
         check_options(clip_set, layout)
