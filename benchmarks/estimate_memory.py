@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.harness import peak_memory, table
 from mutoscope.autoencoders.presets import preset
-from mutoscope.estimate import estimate
+from mutoscope.estimate.step import estimate
 from mutoscope.models.dit import DiT
 from mutoscope.objectives.diffusion import Diffusion
 from mutoscope.objectives.reconstruction import Reconstruction

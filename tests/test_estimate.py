@@ -12,7 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from mutoscope.autoencoders.presets import preset
 from mutoscope.build import model_io
-from mutoscope.estimate import describe, estimate
+from mutoscope.estimate.report import describe
+from mutoscope.estimate.step import estimate
 from mutoscope.models.dit import DiT
 from mutoscope.objectives.diffusion import Diffusion
 from mutoscope.objectives.reconstruction import Reconstruction

@@ -15,7 +15,7 @@ from mutoscope.build import latent_spec, model_io
 from mutoscope.data.buckets import available_frames
 from mutoscope.data.prepare.shapes import Allowed, Shape, Suggestion, assess, choose_shapes
 from mutoscope.data.prepare.stats import Stats
-from mutoscope.estimate import estimate
+from mutoscope.estimate.step import estimate
 from mutoscope.progress import Bars
 from mutoscope.recipe import Bucket, Data, Recipe
 from mutoscope.types import PIXELS, LatentSpec

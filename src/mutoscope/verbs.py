@@ -92,7 +92,7 @@ class Show(OnRecipe):
     TOML files start with the line `#:schema ./recipe.schema.json`."""
 
     def run(self, flags: Sequence[str]) -> None:
-        from mutoscope.estimate import describe
+        from mutoscope.estimate.report import describe
         from mutoscope.limits import LIMITS
         from mutoscope.loading import find_function
         from mutoscope.schema import json_schema

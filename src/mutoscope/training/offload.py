@@ -44,24 +44,28 @@ def check_offload(recipe: Recipe, device: torch.device) -> None:
                              f"{device.type} itself; leave it out here")  # fmt: skip
 
 
-def place(model: nn.Module, recipe: Recipe, device: torch.device) -> None:
+def place(model: nn.Module, recipe: Recipe, device: torch.device, copies: Copies | None = None) -> None:
     """Move a model to the device, its blocks compiled, recomputed and offloaded as the recipe asks. Parameters keep
     their names, and those that are trained their identity.
 
+    copies: what moves memory in an estimate, which is on the device already, and only counts what would be moved.
+
     Raises ValueError as `check_offload`; where there are no blocks to do that to; and as `BlockOffload`.
     """
-    check_offload(recipe, device)
+    estimating = copies is not None
+    if not estimating:
+        check_offload(recipe, device)
     blocks = list(getattr(model, "blocks", ()))
     if not blocks and (recipe.activation_checkpointing or recipe.compile):
         raise ValueError(f"{type(model).__name__} has no blocks to recompute, compile or offload; set "
                          "activation_checkpointing and compile to false")  # fmt: skip
-    copies = Copies(device)
+    copies = copies or Copies(device)
     parking = Parking(copies)
     weights = BlockOffload(model, blocks, recipe.offload_blocks, copies) if recipe.offload_blocks else None
-    if weights is None:
-        model.to(device)
-    else:
+    if weights is not None and not estimating:
         weights.move(model, device)
+    elif not estimating:
+        model.to(device)
     if recipe.compile:
         # One compilation for each shape, and another without gradients: more are a mistake, and stop the run
         torch._dynamo.config.recompile_limit = max(8, 2 * len(recipe.data.shapes(1)) + 2)
