@@ -200,6 +200,10 @@ def _train(frozen: nn.Module | None, recipe: Recipe, model: nn.Module, tracker: 
     tracker.account.kept["ema"] = sum(t.nbytes for t in ema.averages.values()) if ema else 0
 
 
+def _tell_gradient(tracker: Tracker, p: Tensor) -> None:
+    tracker.tell("gradients", [] if p.grad is None else [p.grad])
+
+
 def frozen_autoencoder(recipe: Recipe) -> nn.Module | None:
     """The autoencoder that is there while the model trains."""
     config = recipe.autoencoder

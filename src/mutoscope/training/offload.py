@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mutoscope.recipe import Recipe
 from mutoscope.training.copies import Copies, Copy
+from mutoscope.training.feed_forward import chunk_feed_forwards
 
 Forward = Callable[..., Any]
 
@@ -66,6 +67,8 @@ def place(model: nn.Module, recipe: Recipe, device: torch.device, copies: Copies
         weights.move(model, device)
     elif not estimating:
         model.to(device)
+    if recipe.activation_checkpointing:
+        chunk_feed_forwards(model)
     if recipe.compile:
         # One compilation for each shape, and another without gradients: more are a mistake, and stop the run
         torch._dynamo.config.recompile_limit = max(8, 2 * len(recipe.data.shapes(1)) + 2)

@@ -30,7 +30,8 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """The optimizer of all trainable parameters; for Muon two, its own of the blocks' matrices and AdamW of the rest.
 
-    Weight decay spares tensors of fewer than two dimensions. seed: of stochastic rounding. copies: as in `offload.place`.
+    Weight decay spares tensors of fewer than two dimensions. seed: of stochastic rounding. copies: as in
+    `offload.place`.
 
     Raises ValueError where nothing is trainable, where weights that are trained are neither fp32 nor bf16, where there
     are no bf16 weights to round, where Muon finds no matrices or finds them in bf16, and where gradients are to be

@@ -1,0 +1,198 @@
+"""What other phases than the training step need at their peak: encoding captions and clips, and looking at the model.
+
+    encode captions    the text encoder alone; also at the start of a run whose validation file has prompts
+    encode clips       the autoencoder alone
+    validate           the validation loss, and videos that are drawn, beside all that training keeps
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mutoscope.autoencoders.pretrained import load_autoencoder
+from mutoscope.data.dataset import to_pixels, to_uint8
+from mutoscope.estimate.networks import measure, shapes_of
+from mutoscope.estimate.step import at_largest_bucket, fake_clips, fake_encoder, frozen_autoencoder, prepared
+from mutoscope.estimate.tracker import HOST, Account, CudaAutocast, Device, Tracker
+from mutoscope.models.cogvideox import LATENTS, CogVideoX
+from mutoscope.objectives.diffusion import Diffusion
+from mutoscope.randomness import Draw
+from mutoscope.recipe import Autoencoder, Recipe
+from mutoscope.sample import inference
+from mutoscope.samplers.diffusion import sample_diffusion
+from mutoscope.text.t5 import T5
+from mutoscope.training.ema import EMA
+from mutoscope.training.optimizers import build_optimizers
+from mutoscope.types import Cond
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the work that has the memory to itself."""
+
+    name: str
+    peak_parts: dict[str, int]
+    """Bytes of what lives at its peak."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """At the moment when most memory is in use."""
+        return sum(self.peak_parts.values())
+
+
+def phases(recipe: Recipe, device: Device = "cuda", whole: nn.Module | None = None) -> list[Phase]:
+    """The phases that this recipe has besides the training step. Arguments and errors as for `estimate`."""
+    recipe = at_largest_bucket(recipe.model.complete(recipe))
+    whole = shapes_of(recipe) if whole is None else whole
+    found = []
+    if isinstance(recipe.text, T5):
+        found.append(_encode_captions(recipe.text, device))
+    if recipe.autoencoder is not None:
+        found.append(_encode_clips(recipe, recipe.autoencoder, device))
+    found.append(_validate(recipe, whole, device))
+    return found
+
+
+def _encode_captions(text: T5, device: Device) -> Phase:
+    tracker = Tracker(device)
+    with FakeTensorMode(), torch.no_grad():
+        encoder = text.build_without_tokenizer()
+        tracker.tell("text encoder", [*encoder.parameters(), *encoder.buffers()])
+        with tracker, tracker.phase("encode"):
+            encoder(torch.zeros(1, text.length, dtype=torch.int64))[0].float()
+    return Phase("encode captions", tracker.account.peak)
+
+
+def _encode_clips(recipe: Recipe, config: Autoencoder, device: Device) -> Phase:
+    """One clip at a time, as `mutoscope encode` does it."""
+    fake = FakeTensorMode()
+    with fake:
+        frozen = frozen_autoencoder(replace(recipe, data=replace(recipe.data, latents=None)))
+        assert frozen is not None
+    data = recipe.data
+
+    def run(frames: int) -> Account:
+        tracker = Tracker(device)
+        with fake, torch.no_grad():
+            encoder = fake_encoder(replace(recipe, text=None), frozen.eval().requires_grad_(False))
+            tracker.tell("autoencoder", [*frozen.parameters(), *frozen.buffers()])
+            with tracker, tracker.phase("encode"):
+                video = torch.zeros(1, frames, data.height, data.width, 3, dtype=torch.uint8)
+                encoder.moments(to_pixels(video)).to(encoder.dtype)
+        return tracker.account
+
+    return Phase("encode clips", _along_time(run, data.frames, 8 if config.recipe is None else 0).peak)
+
+
+def _along_time(run: Any, frames: int, step: int) -> Account:
+    """An account that is linear in the frames, where work goes through them `step` at a time (0: it does not)."""
+    few = 1 + 4 * step
+    if not step or frames <= few:
+        return run(frames)  # type: ignore[no-any-return]
+    account: Account = run(few)
+    return account.moved(run(few - step), (frames - few) / step)
+
+
+def _validate(recipe: Recipe, whole: nn.Module, device: Device) -> Phase:
+    """The validation loss over a batch, and a drawing; whichever needs more."""
+    fake = FakeTensorMode()
+    with fake, torch.random.fork_rng(devices=[]):
+        frozen = frozen_autoencoder(recipe)
+    account = measure(recipe, whole, partial(_look, frozen), device, fake)
+    if isinstance(recipe.model, CogVideoX) and recipe.autoencoder is not None:
+        decoding = _decode(recipe, recipe.model.path, device)
+        kept = account.segments["kept"]
+        for name, parts in decoding.segments.items():
+            account.segments[f"decode {name}"] = parts + kept
+    return Phase("validate", account.peak)
+
+
+def _look(frozen: nn.Module | None, recipe: Recipe, model: nn.Module, tracker: Tracker) -> None:
+    copies = prepared(recipe, model, tracker)
+    tracker.tell("autoencoder", [*frozen.parameters(), *frozen.buffers()] if frozen else [])
+    encoder = fake_encoder(recipe, frozen)
+    with tracker:
+        optimizers = build_optimizers(model, recipe.optim, copies=copies)
+        ema = EMA(model, recipe.ema) if recipe.ema else None
+        tracker.tell("ema", ema.averages.values() if ema else [])
+        for p in (p for p in model.parameters() if p.requires_grad):
+            p.grad = torch.zeros_like(p)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            state = [t for state in optimizer.state.values() for t in state.values()]
+            tracker.tell(HOST if recipe.optim.offload else "optimizer", state)
+        tracker.forget()
+        tracker.enter("kept")
+        gpu = CudaAutocast() if tracker.device == "cuda" and recipe.precision == "bf16" else torch.no_grad()
+        with gpu, torch.no_grad():
+            # The averages take the weights' place, which are kept meanwhile
+            held = [p.detach().clone() for p in model.parameters() if ema and p.requires_grad]
+            tracker.tell("ema", held)
+            tracker.enter("kept")
+            _look_at(recipe, model, encoder, tracker)
+
+
+def _look_at(recipe: Recipe, model: nn.Module, encoder: Any, tracker: Tracker) -> None:
+    clips = fake_clips(recipe, encoder)
+    draw = Draw(recipe.seed, "estimate", clips.samples)
+    with tracker.phase("validation loss"):
+        batch = encoder.batch(clips, None)
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
+            recipe.objective.validation_loss(model, batch, draw)
+        del batch
+    if recipe.sampler is None:
+        return
+    drawn_by_file = isinstance(recipe.model, CogVideoX)
+    shown = 1 if drawn_by_file else recipe.num_samples
+    small = replace(recipe, batch_size=shown)
+    clips = fake_clips(small, encoder)
+    with tracker.phase("draw"), inference(recipe, model):
+        cond = encoder.batch(clips, None).cond
+        draw = Draw(recipe.seed, "estimate", clips.samples)
+        if drawn_by_file:
+            _draw_both(recipe, model, cond, encoder)
+        elif isinstance(recipe.objective, Diffusion):
+            sampler = replace(recipe.sampler, steps=2)
+            io = recipe.data
+            shape = (encoder.spec.channels, *encoder.spec.latent_shape(io.frames, io.height, io.width))
+            drawn = sample_diffusion(model, recipe.objective, sampler, cond, shape, draw)
+            to_uint8(encoder.decode(drawn))
+
+
+def _draw_both(recipe: Recipe, model: nn.Module, cond: Cond, encoder: Any) -> None:
+    """A step of diffusers' pipelines, which have the video with the caption and without in one batch."""
+    grid = encoder.spec.latent_shape(recipe.data.frames, recipe.data.height, recipe.data.width)
+    grid = (grid[0] + -grid[0] % getattr(recipe.objective, "temporal_patch", 1), *grid[1:])
+    both = 2 if recipe.sampler is not None and recipe.sampler.guidance_scale != 1 else 1
+    twice = lambda x: None if x is None else torch.cat([x] * both)
+    latents, before = torch.zeros(1, encoder.spec.channels, *grid), torch.zeros(1, encoder.spec.channels, *grid)
+    known = None if cond.known is None else torch.zeros(both, encoder.spec.channels, *grid)
+    out = model(twice(latents), torch.zeros(both), Cond(text=twice(cond.text), text_mask=twice(cond.text_mask), known=known)).float()
+    before.add_(out[:1].lerp(out[-1:], 0.5))
+
+
+def _decode(recipe: Recipe, path: str, device: Device) -> Account:
+    """One video by the checkpoint's autoencoder, in tiles, as `samplers.cogvideox.Drawer` does it."""
+    fake = FakeTensorMode()
+    dtype = {"fp32": "fp32", "bf16": "bf16"}[getattr(recipe.model, "weights", "bf16")]
+    data = recipe.data
+    with fake, torch.random.fork_rng(devices=[]):
+        vae: Any = load_autoencoder(Autoencoder(path=path, recipe=None, dtype=dtype, tiling=True))  # type: ignore[arg-type]
+
+    def run(frames: int) -> Account:
+        tracker = Tracker(device)
+        with fake, torch.no_grad():
+            tracker.tell("autoencoder", [*vae.parameters(), *vae.buffers()])
+            with tracker, tracker.phase("decode"):
+                latents: Tensor = torch.zeros(1, 16, *LATENTS.latent_shape(frames, data.height, data.width))
+                vae.decode(latents[:, : vae.spec.channels])
+        return tracker.account
+
+    return _along_time(run, data.frames, 8)
