@@ -145,11 +145,11 @@ def _labels(kind: str, count: int) -> list[str]:
 def _watched(
     forward: Callable[..., Any], label: str, following: str, tracker: Tracker, *args: Any, **kwargs: Any
 ) -> Any:
-    tracker.enter(f"forward {label}")
+    tracker.enter(label)
     out = forward(*args, **kwargs)
     if following:
-        tracker.enter(f"forward {following}")
+        tracker.enter(following)
     for x in tree_leaves(out):
         if isinstance(x, Tensor) and x.requires_grad:
-            x.register_hook(lambda _: tracker.enter(f"backward {label}"))
+            x.register_hook(lambda _: tracker.enter(label))
     return out

@@ -31,9 +31,10 @@ from mutoscope.estimate.tracker import HOST, CudaAutocast, Device, HostCopies, T
 from mutoscope.loading import load_recipe
 from mutoscope.randomness import Draw
 from mutoscope.recipe import Recipe, TextConfig
+from mutoscope.text.t5 import T5
 from mutoscope.training.ema import EMA
 from mutoscope.training.offload import place
-from mutoscope.training.optimizers import build_optimizers, cast_trained
+from mutoscope.training.optimizers import build_optimizers, cast_trained, clip_gradients, gradient_norms
 from mutoscope.training.quantize import quantize_frozen
 from mutoscope.types import Cond
 
@@ -55,8 +56,8 @@ class Estimate:
     tokens: int | None
     """Length of the sequence that a transformer makes of a clip; None for other networks."""
     peak_parts: dict[str, int]
-    """What lives at the moment when most does: weights, autoencoder, optimizer, ema, gradients and activations. Among
-    the last is all that comes and goes: the batch, autocast's copies of weights, gradients of activations."""
+    """What lives at the moment when most does: weights, autoencoder, text encoder, optimizer, ema, gradients and
+    activations. Among the last is all that comes and goes: the batch, autocast's copies of weights, gradients of activations."""
     checkpoint_bytes: int
     """Size of a checkpoint on disk."""
     flops_forward: int
@@ -96,7 +97,7 @@ def estimate(recipe: Recipe, device: Device = "cuda", whole: nn.Module | None = 
     whole = shapes_of(recipe) if whole is None else whole
     fake = FakeTensorMode()
     with torch.random.fork_rng(devices=[]), fake:
-        frozen = frozen_autoencoder(recipe)
+        frozen = frozen_parts(recipe)
     account = measure(recipe, whole, partial(_train, frozen), device, fake)
     clip = (data.frames, data.height, data.width)
     spec = latent_spec(recipe.autoencoder) if recipe.autoencoder else getattr(whole, "spec", None)  # of autoencoders
@@ -111,7 +112,7 @@ def estimate(recipe: Recipe, device: Device = "cuda", whole: nn.Module | None = 
         latents=(spec.channels, *spec.latent_shape(*clip)) if spec else None,
         vocab=spec.vocab if spec else None,
         tokens=math.prod(grid) if grid else None,
-        peak_parts=account.peak,
+        peak_parts=account.peak(),
         checkpoint_bytes=account.kept.total(),
         flops_forward=account.flops["forward"] * recipe.accumulate,
         flops_recomputed=account.flops["recomputed"] * recipe.accumulate,
@@ -146,33 +147,21 @@ def fake_encoder(recipe: Recipe, frozen: nn.Module | None) -> Encoder:
     )
 
 
-def _train(frozen: nn.Module | None, recipe: Recipe, model: nn.Module, tracker: Tracker) -> None:
+def _train(frozen: dict[str, nn.Module], recipe: Recipe, model: nn.Module, tracker: Tracker) -> None:
     """What the training loop does in a step that is not the first, which finds no state of optimizers yet."""
     copies = prepared(recipe, model, tracker)
-    tracker.tell("autoencoder", [*frozen.parameters(), *frozen.buffers()] if frozen else [])
-    encoder = fake_encoder(recipe, frozen)
+    for part, module in frozen.items():
+        tracker.tell(part, [*module.parameters(), *module.buffers()])
+    encoder = fake_encoder(recipe, frozen.get("autoencoder"))
     clips = fake_clips(recipe, encoder)
     trained = [p for p in model.parameters() if p.requires_grad]
     with tracker:
-        optimizers = build_optimizers(model, recipe.optim, copies=copies)
-        ema = EMA(model, recipe.ema) if recipe.ema else None
-        tracker.tell("ema", ema.averages.values() if ema else [])
-        for p in trained:
-            p.grad = torch.zeros_like(p)
-            tracker.tell("gradients", [p.grad])
-            p.register_post_accumulate_grad_hook(
-                lambda p: tracker.tell("gradients", [] if p.grad is None else [p.grad])
-            )
-        for optimizer in optimizers:
-            optimizer.step()
-            state = [t for state in optimizer.state.values() for t in state.values()]
-            tracker.tell(HOST if recipe.optim.offload else "optimizer", state)
-            tracker.account.kept["optimizer"] += sum({id(t): t.nbytes for t in state}.values())
-            if recipe.accumulate == 1:  # else a micro-step, but the first, finds the gradients of those before it
-                optimizer.zero_grad(set_to_none=True)
+        optimizers, ema = resident_state(recipe, model, tracker, copies)
         # DDP keeps gradients once more, in the order that they are sent in
         buckets = [torch.empty_like(p) for p in trained if recipe.parallel.strategy == "ddp"]
         tracker.tell("gradients", buckets)
+        for p in trained:
+            p.register_post_accumulate_grad_hook(partial(_tell_gradient, tracker))
         tracker.forget()  # what came before is not of a step
 
         draw = Draw(recipe.seed, "estimate", clips.samples)
@@ -187,7 +176,7 @@ def _train(frozen: nn.Module | None, recipe: Recipe, model: nn.Module, tracker: 
             with tracker.phase("backward"):
                 (loss.total / recipe.accumulate).backward()
         with tracker.phase("step"):
-            nn.utils.clip_grad_norm_(trained, recipe.optim.max_grad_norm or float("inf"))
+            clip_gradients(optimizers, gradient_norms(optimizers), recipe.optim.max_grad_norm)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -200,12 +189,39 @@ def _train(frozen: nn.Module | None, recipe: Recipe, model: nn.Module, tracker: 
     tracker.account.kept["ema"] = sum(t.nbytes for t in ema.averages.values()) if ema else 0
 
 
+def resident_state(
+    recipe: Recipe, model: nn.Module, tracker: Tracker, copies: HostCopies
+) -> tuple[list[torch.optim.Optimizer], EMA | None]:
+    """Optimizers after their first step, and averages. Gradients are left where a micro-step finds earlier ones'."""
+    optimizers = build_optimizers(model, recipe.optim, copies=copies)
+    ema = EMA(model, recipe.ema) if recipe.ema else None
+    tracker.tell("ema", ema.averages.values() if ema else [])
+    for p in (p for p in model.parameters() if p.requires_grad):
+        p.grad = torch.zeros_like(p)
+        tracker.tell("gradients", [p.grad])
+    for optimizer in optimizers:
+        optimizer.step()
+        state = [t for state in optimizer.state.values() for t in state.values()]
+        tracker.tell(HOST if recipe.optim.offload else "optimizer", state)
+        tracker.account.kept["optimizer"] += sum({id(t): t.nbytes for t in state}.values())
+        if recipe.accumulate == 1:  # else a micro-step, but the first, finds the gradients of those before it
+            optimizer.zero_grad(set_to_none=True)
+    return optimizers, ema
+
+
 def _tell_gradient(tracker: Tracker, p: Tensor) -> None:
     tracker.tell("gradients", [] if p.grad is None else [p.grad])
 
 
-def frozen_autoencoder(recipe: Recipe) -> nn.Module | None:
-    """The autoencoder that is there while the model trains."""
+def frozen_parts(recipe: Recipe) -> dict[str, nn.Module]:
+    """What is there beside the model while it trains, by part: where clips are encoded on the way, their encoders."""
+    found = {"autoencoder": frozen} if (frozen := _frozen_autoencoder(recipe)) is not None else {}
+    if isinstance(recipe.text, T5) and recipe.data.latents is None:
+        found["text encoder"] = recipe.text.build_without_tokenizer()
+    return found
+
+
+def _frozen_autoencoder(recipe: Recipe) -> nn.Module | None:
     config = recipe.autoencoder
     if config is None:
         return None

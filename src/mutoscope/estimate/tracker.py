@@ -50,10 +50,10 @@ class Account:
             _moved(self.kept, smaller.kept, times),
         )
 
-    @property
-    def peak(self) -> dict[str, int]:
-        """Bytes by part in the segment where most lived."""
-        largest = max(self.segments.values(), key=lambda parts: parts.total())
+    def peak(self, phase: str = "") -> dict[str, int]:
+        """Bytes by part in the segment (of this phase) where most lived."""
+        found = [parts for name, parts in self.segments.items() if name.startswith(phase)]
+        largest = max(found, key=lambda parts: parts.total())
         return {part: size for part, size in largest.items() if size > 0}
 
 
@@ -112,7 +112,7 @@ class Tracker(TorchDispatchMode):
     def phase(self, name: str) -> Iterator[None]:
         """FLOPs inside the block are of that phase, and its peak is found by itself."""
         self._phase = name
-        self.enter(name)
+        self.enter("")
         yield
         self._phase = ""
         self.enter("")
@@ -126,8 +126,8 @@ class Tracker(TorchDispatchMode):
             self._again = False
 
     def enter(self, segment: str) -> None:
-        """A segment of the step begins."""
-        self.segment = segment
+        """A segment of the phase begins."""
+        self.segment = f"{self._phase} {segment}"
         self._note_peak()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
