@@ -153,40 +153,51 @@ def _train(frozen: dict[str, nn.Module], recipe: Recipe, model: nn.Module, track
     for part, module in frozen.items():
         tracker.tell(part, [*module.parameters(), *module.buffers()])
     encoder = fake_encoder(recipe, frozen.get("autoencoder"))
-    clips = fake_clips(recipe, encoder)
-    trained = [p for p in model.parameters() if p.requires_grad]
     with tracker:
         optimizers, ema = resident_state(recipe, model, tracker, copies)
         # DDP keeps gradients once more, in the order that they are sent in
+        trained = [p for p in model.parameters() if p.requires_grad]
         buckets = [torch.empty_like(p) for p in trained if recipe.parallel.strategy == "ddp"]
         tracker.tell("gradients", buckets)
-        for p in trained:
-            p.register_post_accumulate_grad_hook(partial(_tell_gradient, tracker))
-        tracker.forget()  # what came before is not of a step
-
-        draw = Draw(recipe.seed, "estimate", clips.samples)
-        autocast = recipe.precision == "bf16"
-        with ExitStack() as stack:
-            if autocast and tracker.device == "cuda":
-                stack.enter_context(CudaAutocast())
-            with tracker.phase("encode"):
-                batch = encoder.batch(clips, draw)
-            with tracker.phase("forward"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss = recipe.objective.loss(model, batch, draw)
-            with tracker.phase("backward"):
-                (loss.total / recipe.accumulate).backward()
-        with tracker.phase("step"):
-            clip_gradients(optimizers, gradient_norms(optimizers), recipe.optim.max_grad_norm)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            if ema:
-                ema.update(model, 1)
+        train_step(recipe, model, encoder, optimizers, ema, tracker)
     frozen_names = {name for name, p in model.named_parameters() if not p.requires_grad}
     tracker.account.kept["weights"] = sum(
         t.nbytes for name, t in model.state_dict().items() if not frozen_names or name not in frozen_names
     )
     tracker.account.kept["ema"] = sum(t.nbytes for t in ema.averages.values()) if ema else 0
+
+
+def train_step(
+    recipe: Recipe,
+    model: nn.Module,
+    encoder: Encoder,
+    optimizers: list[torch.optim.Optimizer],
+    ema: EMA | None,
+    tracker: Tracker,
+) -> None:
+    """An optimizer step, the last micro-step alone. Called inside of the tracker, which forgets earlier peaks."""
+    for p in (p for p in model.parameters() if p.requires_grad):
+        p.register_post_accumulate_grad_hook(partial(_tell_gradient, tracker))
+    tracker.forget()
+    clips = fake_clips(recipe, encoder)
+    draw = Draw(recipe.seed, "estimate", clips.samples)
+    autocast = recipe.precision == "bf16"
+    with ExitStack() as stack:
+        if autocast and tracker.device == "cuda":
+            stack.enter_context(CudaAutocast())
+        with tracker.phase("encode"):
+            batch = encoder.batch(clips, draw)
+        with tracker.phase("forward"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = recipe.objective.loss(model, batch, draw)
+        with tracker.phase("backward"):
+            (loss.total / recipe.accumulate).backward()
+    with tracker.phase("step"):
+        clip_gradients(optimizers, gradient_norms(optimizers), recipe.optim.max_grad_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if ema:
+            ema.update(model, 1)
 
 
 def resident_state(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.overrides import TorchFunctionMode
@@ -214,7 +215,7 @@ class CudaAutocast(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_FP32 = (torch.layer_norm, torch.group_norm, torch.softmax, Tensor.softmax)
+_FP32 = (F.layer_norm, F.group_norm, F.softmax, torch.layer_norm, torch.group_norm, torch.softmax, Tensor.softmax)
 
 
 def _fp32(x: Any) -> Any:

@@ -45,6 +45,16 @@ def check_offload(recipe: Recipe, device: torch.device) -> None:
                              f"{device.type} itself; leave it out here")  # fmt: skip
 
 
+def check_blocks(model: nn.Module, recipe: Recipe) -> None:
+    """Raise ValueError where the network, which may be shapes alone, has not the blocks that the recipe speaks of."""
+    count = len(getattr(model, "blocks", ()))
+    if not count and (recipe.activation_checkpointing or recipe.compile):
+        raise ValueError(f"{type(model).__name__} has no blocks to recompute, compile or offload; set "
+                         "activation_checkpointing and compile to false")  # fmt: skip
+    if recipe.offload_blocks > count:
+        raise ValueError(f"offload_blocks = {recipe.offload_blocks}: {type(model).__name__} has {count} blocks")
+
+
 def place(model: nn.Module, recipe: Recipe, device: torch.device, copies: Copies | None = None) -> None:
     """Move a model to the device, its blocks compiled, recomputed and offloaded as the recipe asks. Parameters keep
     their names, and those that are trained their identity.
@@ -56,10 +66,8 @@ def place(model: nn.Module, recipe: Recipe, device: torch.device, copies: Copies
     estimating = copies is not None
     if not estimating:
         check_offload(recipe, device)
+    check_blocks(model, recipe)
     blocks = list(getattr(model, "blocks", ()))
-    if not blocks and (recipe.activation_checkpointing or recipe.compile):
-        raise ValueError(f"{type(model).__name__} has no blocks to recompute, compile or offload; set "
-                         "activation_checkpointing and compile to false")  # fmt: skip
     copies = copies or Copies(device)
     parking = Parking(copies)
     weights = BlockOffload(model, blocks, recipe.offload_blocks, copies) if recipe.offload_blocks else None
