@@ -11,8 +11,8 @@ from torch import nn
 from mutoscope.build import latent_spec
 from mutoscope.contradictions import validate
 from mutoscope.errors import ConfigError
-from mutoscope.estimate.phases import Phase, phases
 from mutoscope.estimate.networks import shapes_of
+from mutoscope.estimate.phases import Phase, phases
 from mutoscope.estimate.step import Estimate, at_largest_bucket, estimate
 from mutoscope.models.cogvideox import CogVideoX
 from mutoscope.recipe import Recipe
@@ -127,7 +127,9 @@ def levers(recipe: Recipe, blocks: int) -> Iterator[Lever]:
     if recipe.lora is not None:
         yield Lever("--quantize int8", "some per cent: weights are unpacked", changed(quantize="int8"))
         yield Lever("--optim.name adamw8bit", "next to none", lambda r: _optimizer(r, "adamw8bit"))
-    yield Lever("--activation-checkpointing true", "a quarter to a third more time", changed(activation_checkpointing=True))
+    yield Lever(
+        "--activation-checkpointing true", "a quarter to a third more time", changed(activation_checkpointing=True)
+    )
     yield parked
     if recipe.lora is not None:
         yield Lever("--quantize nf4", "some per cent more, and coarser weights", changed(quantize="nf4"))

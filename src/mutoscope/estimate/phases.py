@@ -1,9 +1,9 @@
 """What other phases than the training step need at their peak: encoding captions and clips, and looking at the model.
 
-    encode captions    the text encoder alone; also at the start of a run whose validation file has prompts
-    encode clips       the autoencoder alone
-    validate           the validation loss, beside all that training keeps
-    draw               videos of the sampler, decoding included, beside all that training keeps
+encode captions    the text encoder alone; also at the start of a run whose validation file has prompts
+encode clips       the autoencoder alone
+validate           the validation loss, beside all that training keeps
+draw               videos of the sampler, decoding included, beside all that training keeps
 """
 
 from __future__ import annotations
@@ -169,7 +169,9 @@ def _draw_both(recipe: Recipe, model: nn.Module, cond: Cond, encoder: Any) -> No
     twice = lambda x: None if x is None else torch.cat([x] * both)
     latents, before = torch.zeros(1, encoder.spec.channels, *grid), torch.zeros(1, encoder.spec.channels, *grid)
     known = None if cond.known is None else torch.zeros(both, encoder.spec.channels, *grid)
-    out = model(twice(latents), torch.zeros(both), Cond(text=twice(cond.text), text_mask=twice(cond.text_mask), known=known)).float()
+    out = model(
+        twice(latents), torch.zeros(both), Cond(text=twice(cond.text), text_mask=twice(cond.text_mask), known=known)
+    ).float()
     before.add_(out[:1].lerp(out[-1:], 0.5))
 
 

@@ -64,7 +64,8 @@ def _phase_rows(recipe: Recipe, whole: nn.Module) -> Iterator[tuple[str, str]]:
         "encode captions": "the text encoder alone",
         "encode clips": "the autoencoder alone",
         "validate": "the validation loss, beside what training keeps",
-        "draw": "samples, beside what training keeps" + ("" if recipe.sample_every else "; sample_every = 0 draws none"),
+        "draw": "samples, beside what training keeps"
+        + ("" if recipe.sample_every else "; sample_every = 0 draws none"),
     }
     for phase in phases(recipe, whole=whole):
         yield phase.name, f"{_bytes(phase.peak_bytes)} at the peak: {notes[phase.name]}"

@@ -57,7 +57,8 @@ class Estimate:
     """Length of the sequence that a transformer makes of a clip; None for other networks."""
     peak_parts: dict[str, int]
     """What lives at the moment when most does: weights, autoencoder, text encoder, optimizer, ema, gradients and
-    activations. Among the last is all that comes and goes: the batch, autocast's copies of weights, gradients of activations."""
+    activations. Among the last is all that comes and goes: the batch, autocast's copies of weights, gradients of
+    activations."""
     checkpoint_bytes: int
     """Size of a checkpoint on disk."""
     flops_forward: int
