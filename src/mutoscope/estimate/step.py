@@ -191,7 +191,8 @@ def train_step(
         with tracker.phase("forward"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = recipe.objective.loss(model, batch, draw)
         with tracker.phase("backward"):
-            (loss.total / recipe.accumulate).backward()
+            # Not Tensor.backward, which takes modes to be about itself and leaves them out of what it does
+            torch.autograd.backward(loss.total / recipe.accumulate)
     with tracker.phase("step"):
         clip_gradients(optimizers, gradient_norms(optimizers), recipe.optim.max_grad_norm)
         for optimizer in optimizers:
