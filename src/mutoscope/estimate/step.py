@@ -22,7 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mutoscope.autoencoders.pretrained import load_autoencoder
-from mutoscope.build import latent_spec, model_io
+from mutoscope.build import frame_rate, latent_spec, model_io
 from mutoscope.data.dataset import Clips
 from mutoscope.data.store import LatentStats, StoredClips
 from mutoscope.encoder import Encoder
@@ -130,7 +130,7 @@ def prepared(recipe: Recipe, model: nn.Module, tracker: Tracker) -> HostCopies:
     for block in getattr(model, "blocks", ()):
         block.forward = partial(tracker.forward_of, block.forward)
     with tracker:  # what is kept on the host is known from its making
-        place(model, replace(recipe, compile=False), torch.device("cpu"), copies)
+        place(model, replace(recipe, compile=False), torch.device("cpu"), copies=copies)
     watch(model, recipe, tracker)
     tracker.tell("weights", [*model.parameters(), *model.buffers()])
     return copies
@@ -145,6 +145,8 @@ def fake_encoder(recipe: Recipe, frozen: nn.Module | None) -> Encoder:
         stats=LatentStats(mean=(0.0,) * channels, std=(1.0,) * channels),
         text=partial(_fake_text, recipe.text) if recipe.text else None,
         first_frame=recipe.first_frame,
+        window=recipe.data.latent_window,
+        fps=frame_rate(recipe),
     )
 
 

@@ -55,9 +55,11 @@ def check_blocks(model: nn.Module, recipe: Recipe) -> None:
         raise ValueError(f"offload_blocks = {recipe.offload_blocks}: {type(model).__name__} has {count} blocks")
 
 
-def place(model: nn.Module, recipe: Recipe, device: torch.device, copies: Copies | None = None) -> None:
+def place(
+    model: nn.Module, recipe: Recipe, device: torch.device, *, move: bool = True, copies: Copies | None = None
+) -> None:
     """Move a model to the device, its blocks compiled, recomputed and offloaded as the recipe asks. Parameters keep
-    their names, and those that are trained their identity.
+    their names, and those that are trained their identity. move: False where the engine moves it, a block at a time.
 
     copies: what moves memory in an estimate, which is on the device already, and only counts what would be moved.
 
@@ -73,7 +75,7 @@ def place(model: nn.Module, recipe: Recipe, device: torch.device, copies: Copies
     weights = BlockOffload(model, blocks, recipe.offload_blocks, copies) if recipe.offload_blocks else None
     if weights is not None and not estimating:
         weights.move(model, device)
-    elif not estimating:
+    elif move and not estimating:
         model.to(device)
     if recipe.activation_checkpointing:
         chunk_feed_forwards(model)
