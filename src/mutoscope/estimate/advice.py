@@ -104,33 +104,34 @@ def run_phases(recipe: Recipe, whole: nn.Module | None = None) -> list[Phase | E
 
 
 def levers(recipe: Recipe, blocks: int) -> Iterator[Lever]:
-    """All levers that this recipe may have, those first that cost least speed; some come twice, where one before makes
-    them possible."""
+    """All levers that this recipe may have, those first that cost least speed, but for those that make numbers much
+    coarser. Some come twice, where one before makes them possible."""
     changed = lambda **fields: lambda r: replace(r, **fields)
     optim = lambda **fields: lambda r: replace(r, optim=replace(r.optim, **fields))
     if recipe.autoencoder is not None:
         latents = lambda r: r if r.data.latents else replace(r, data=replace(r.data, latents=STORE))
         yield Lever(f"--data.latents {STORE}", "none: faster, once they are made by mutoscope encode", latents)
-    if recipe.lora is None:
+    if recipe.lora is None and blocks:
         yield _half(recipe)
-        yield Lever("--optim.name adamw8bit", "next to none", lambda r: _optimizer(r, "adamw8bit"))
+    yield Lever("--optim.name adamw8bit", "next to none", lambda r: _optimizer(r, "adamw8bit"))
+    if recipe.lora is None:
         yield Lever("--optim.stochastic-rounding true", "next to none", optim(stochastic_rounding=True))
         yield Lever("--optim.release-gradients true --optim.max-grad-norm 0", "none, but gradients are not clipped",
                     optim(release_gradients=True, max_grad_norm=0.0))  # fmt: skip
     parked = Lever("--offload-activations true", "little: copies are made while the GPU computes",
                    changed(offload_activations=True))  # fmt: skip
-    yield parked
+    if blocks:
+        yield parked
     if recipe.batch_size > 1:
         many = recipe.batch_size * recipe.accumulate
         yield Lever(f"--batch-size 1 --accumulate {many}", "little with long clips, much with short ones",
                     changed(batch_size=1, accumulate=many))  # fmt: skip
     if recipe.lora is not None:
         yield Lever("--quantize int8", "some per cent: weights are unpacked", changed(quantize="int8"))
-        yield Lever("--optim.name adamw8bit", "next to none", lambda r: _optimizer(r, "adamw8bit"))
-    yield Lever(
-        "--activation-checkpointing true", "a quarter to a third more time", changed(activation_checkpointing=True)
-    )
-    yield parked
+    if blocks:
+        again = changed(activation_checkpointing=True)
+        yield Lever("--activation-checkpointing true", "a quarter to a third more time", again)
+        yield parked
     if recipe.lora is not None:
         yield Lever("--quantize nf4", "some per cent more, and coarser weights", changed(quantize="nf4"))
         for count in (blocks // 2, blocks):

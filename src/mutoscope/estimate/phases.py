@@ -61,7 +61,8 @@ def phases(
         found.append(_encode_captions(recipe.text, device))
     if recipe.autoencoder is not None and "encode clips" in only:
         found.append(_encode_clips(recipe, recipe.autoencoder, device))
-    looks = [name for name in ("validate", "draw") if name in only and (name == "validate" or recipe.sampler)]
+    draws = recipe.sampler is not None and isinstance(recipe.objective, Diffusion)
+    looks = [name for name in ("validate", "draw") if name in only and (name == "validate" or draws)]
     return found + (_validate(recipe, whole, device, looks) if looks else [])
 
 
@@ -142,7 +143,7 @@ def _look_at(recipe: Recipe, model: nn.Module, encoder: Any, tracker: Tracker) -
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
             recipe.objective.validation_loss(model, batch, draw)
         del batch
-    if recipe.sampler is None:
+    if recipe.sampler is None or not isinstance(recipe.objective, Diffusion):
         return
     drawn_by_file = isinstance(recipe.model, CogVideoX)
     shown = 1 if drawn_by_file else recipe.num_samples
@@ -153,7 +154,7 @@ def _look_at(recipe: Recipe, model: nn.Module, encoder: Any, tracker: Tracker) -
         draw = Draw(recipe.seed, "estimate", clips.samples)
         if drawn_by_file:
             _draw_both(recipe, model, cond, encoder)
-        elif isinstance(recipe.objective, Diffusion):
+        else:
             sampler = replace(recipe.sampler, steps=2)
             io = recipe.data
             shape = (encoder.spec.channels, *encoder.spec.latent_shape(io.frames, io.height, io.width))
