@@ -27,7 +27,7 @@ from mutoscope.data.dataset import Clips
 from mutoscope.data.store import LatentStats, StoredClips
 from mutoscope.encoder import Encoder
 from mutoscope.estimate.networks import measure, shapes_of, watch
-from mutoscope.estimate.tracker import HOST, CudaAutocast, Device, HostCopies, Tracker
+from mutoscope.estimate.tracker import HOST, CudaAutocast, Device, HostCopies, Tracker, backward
 from mutoscope.loading import load_recipe
 from mutoscope.randomness import Draw
 from mutoscope.recipe import Recipe, TextConfig
@@ -193,8 +193,7 @@ def train_step(
         with tracker.phase("forward"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = recipe.objective.loss(model, batch, draw)
         with tracker.phase("backward"):
-            # Not Tensor.backward, which takes modes to be about itself and leaves them out of what it does
-            torch.autograd.backward(loss.total / recipe.accumulate)
+            backward(loss.total / recipe.accumulate)
     with tracker.phase("step"):
         clip_gradients(optimizers, gradient_norms(optimizers), recipe.optim.max_grad_norm)
         for optimizer in optimizers:

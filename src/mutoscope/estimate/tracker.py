@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -216,6 +217,13 @@ class CudaAutocast(TorchFunctionMode):
 
 
 _FP32 = (F.layer_norm, F.group_norm, F.softmax, torch.layer_norm, torch.group_norm, torch.softmax, Tensor.softmax)
+
+
+def backward(loss: Tensor) -> None:
+    """As `Tensor.backward`, which takes function modes to be about itself, and leaves them out of what is computed again
+    in its course."""
+    ones = (torch.ones_like(loss),)
+    _engine_run_backward((loss,), ones, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def _fp32(x: Any) -> Any:
