@@ -220,8 +220,8 @@ _FP32 = (F.layer_norm, F.group_norm, F.softmax, torch.layer_norm, torch.group_no
 
 
 def backward(loss: Tensor) -> None:
-    """As `Tensor.backward`, which takes function modes to be about itself, and leaves them out of what is computed again
-    in its course."""
+    """As `Tensor.backward`, which takes function modes to be about itself, and leaves them out of what is computed
+    again in its course."""
     ones = (torch.ones_like(loss),)
     _engine_run_backward((loss,), ones, False, False, (), allow_unreachable=True, accumulate_grad=True)
 

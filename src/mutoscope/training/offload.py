@@ -71,7 +71,7 @@ def place(
     check_blocks(model, recipe)
     blocks = list(getattr(model, "blocks", ()))
     copies = copies or Copies(device)
-    parking = Parking(copies)
+    parking = Parking(copies, SMALLEST)
     weights = BlockOffload(model, blocks, recipe.offload_blocks, copies) if recipe.offload_blocks else None
     if weights is not None and not estimating:
         weights.move(model, device)
