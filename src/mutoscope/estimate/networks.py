@@ -105,7 +105,7 @@ def _part(whole: nn.Module, resident: int, offloaded: int) -> nn.Module:
     model = copy.deepcopy(whole, {id(block): None for block in dropped})
     if dropped:
         kept = [block for block in model.blocks if block is not None]  # type: ignore[union-attr]
-        model.blocks._modules.clear()  # type: ignore[union-attr, operator]
+        model.blocks._modules.clear()  # type: ignore[union-attr]
         model.blocks.extend(kept)  # type: ignore[union-attr, operator]
     return model
 

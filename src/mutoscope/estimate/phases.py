@@ -26,7 +26,7 @@ from mutoscope.estimate.tracker import Account, CudaAutocast, Device, Tracker
 from mutoscope.models.cogvideox import LATENTS, CogVideoX
 from mutoscope.objectives.diffusion import Diffusion
 from mutoscope.randomness import Draw
-from mutoscope.recipe import Autoencoder, Recipe
+from mutoscope.recipe import Autoencoder, Recipe, Sampler
 from mutoscope.sample import inference
 from mutoscope.samplers.diffusion import sample_diffusion
 from mutoscope.text.t5 import T5
@@ -61,7 +61,7 @@ def phases(
         found.append(_encode_captions(recipe.text, device))
     if recipe.autoencoder is not None and "encode clips" in only:
         found.append(_encode_clips(recipe, recipe.autoencoder, device))
-    draws = recipe.sampler is not None and isinstance(recipe.objective, Diffusion)
+    draws = isinstance(recipe.sampler, Sampler) and isinstance(recipe.objective, Diffusion)
     looks = [name for name in ("validate", "draw") if name in only and (name == "validate" or draws)]
     return found + (_validate(recipe, whole, device, looks) if looks else [])
 
@@ -100,7 +100,7 @@ def _along_time(run: Any, frames: int, step: int) -> Account:
     """An account that is linear in the frames, where work goes through them `step` at a time (0: it does not)."""
     few = 1 + 3 * step
     if not step or frames <= few:
-        return run(frames)  # type: ignore[no-any-return]
+        return run(frames)
     account: Account = run(few)
     return account.moved(run(few - step), (frames - few) / step)
 
@@ -143,7 +143,7 @@ def _look_at(recipe: Recipe, model: nn.Module, encoder: Any, tracker: Tracker) -
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
             recipe.objective.validation_loss(model, batch, draw)
         del batch
-    if recipe.sampler is None or not isinstance(recipe.objective, Diffusion):
+    if not isinstance(recipe.sampler, Sampler) or not isinstance(recipe.objective, Diffusion):
         return
     drawn_by_file = isinstance(recipe.model, CogVideoX)
     shown = 1 if drawn_by_file else recipe.num_samples
@@ -166,7 +166,7 @@ def _draw_both(recipe: Recipe, model: nn.Module, cond: Cond, encoder: Any) -> No
     """A step of diffusers' pipelines, which have the video with the caption and without in one batch."""
     grid = encoder.spec.latent_shape(recipe.data.frames, recipe.data.height, recipe.data.width)
     grid = (grid[0] + -grid[0] % getattr(recipe.objective, "temporal_patch", 1), *grid[1:])
-    both = 2 if recipe.sampler is not None and recipe.sampler.guidance_scale != 1 else 1
+    both = 2 if isinstance(recipe.sampler, Sampler) and recipe.sampler.guidance_scale != 1 else 1
     twice = lambda x: None if x is None else torch.cat([x] * both)
     latents, before = torch.zeros(1, encoder.spec.channels, *grid), torch.zeros(1, encoder.spec.channels, *grid)
     known = None if cond.known is None else torch.zeros(both, encoder.spec.channels, *grid)

@@ -54,10 +54,10 @@ def _is_frozen_gelu(ff: Any) -> bool:
 
 def _forward(ff: Any, usual: Any, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-        return usual(x)  # type: ignore[no-any-return]
+        return usual(x)
     gelu, down = ff.net[0], ff.net[2]
     again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-    return _FeedForward.apply(x, gelu.approximate, again, *_parts(gelu.proj), *_parts(down))  # type: ignore[no-any-return]
+    return _FeedForward.apply(x, gelu.approximate, again, *_parts(gelu.proj), *_parts(down))
 
 
 def _parts(linear: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int]:
