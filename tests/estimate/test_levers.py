@@ -134,7 +134,7 @@ def test_offloaded_blocks_leave_but_for_two() -> None:
 @pytest.mark.parametrize("offloaded", [0, 9])
 @pytest.mark.parametrize("attention", ["joint", "factorised"])
 def test_few_blocks_tell_of_all(attention: Any, offloaded: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    deep = replace(LORA, model=replace(LORA.model, depth=17, attention=attention), offload_blocks=offloaded)  # type: ignore[type-var]
+    deep = replace(LORA, model=replace(LORA.model, depth=18, attention=attention), offload_blocks=offloaded)  # type: ignore[type-var]
     few = estimate(deep)
     monkeypatch.setattr(networks, "FEW", 100)
     assert estimate(deep) == few
