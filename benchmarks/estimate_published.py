@@ -63,8 +63,7 @@ class Row:
     @property
     def allowed(self) -> float:
         """The error that is known of this row where it is above a tenth: gaps between tensors of gigabytes (see above);
-        and 2b whole with 8 bits, where the sum of their own weights, gradients and state leaves less than a block needs.
-        """
+        and 2b whole with 8 bits, whose weights, gradients and state leave less in theirs than a block needs."""
         if self.batch_size == 4 and (self.rank > 0 or self.optimizer == "offloaded"):
             return 0.18
         return 0.12 if (self.model, self.rank, self.optimizer, self.batch_size) == ("2b", 0, "8 bit", 1) else 0.1
