@@ -180,7 +180,7 @@ def model(version: int, grid: tuple[int, int, int]) -> MambaModel:
 @torch.no_grad()
 def sampling_rows() -> list[list[str]]:
     """Of the first step after so many positions: bytes of its states, and of all that it allocates at its peak."""
-    from mutoscope.estimate import _Tracker
+    from mutoscope.estimate.tracker import Tracker
 
     rows = []
     for version in (1, 2):
@@ -189,11 +189,11 @@ def sampling_rows() -> list[list[str]]:
         for length in (1023, 8191):
             at = torch.tensor([cache.length])
             ours(tokens, Cond(), at, length - cache.length, cache)
-            tracker = _Tracker()
+            tracker = Tracker("cpu")
             with tracker:
                 ours(tokens, Cond(), torch.tensor([length]), 1, cache)
             states = sum(x.untyped_storage().nbytes() for x in cache.state.values()) / 1024
-            peak = tracker.peak.total() / 1024
+            peak = sum(tracker.account.peak().values()) / 1024
             rows.append([f"Mamba-{version}", f"{cache.length:,}", f"{states:.1f}", f"{peak:.1f}"])
     return rows
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mutoscope.estimate import _Tracker
+from mutoscope.estimate.tracker import Tracker
 from mutoscope.models.mamba import Mamba, MambaBlock, MambaModel
 from mutoscope.objectives.tokens import NextToken
 from mutoscope.randomness import Draw
@@ -207,12 +207,12 @@ def peak(version: int, frames: int, chunk: int) -> int:
     """Bytes of activations at the most, in a forward and backward pass over so many frames of 16 tokens."""
     io = ModelIO(channels=3, grid=(frames, 4, 4), vocab=4)
     model = replace(SMALL[version], width=32, chunk=chunk).build(io)
-    tracker = _Tracker()
+    tracker = Tracker("cpu")
     tracker.tell("weights", model.parameters())
     tokens = torch.zeros(1, *io.grid, dtype=torch.long)
     with tracker:
         model(tokens, Cond()).sum().backward()
-    return tracker.peak["activations"]
+    return tracker.account.peak()["activations"]
 
 
 @VERSIONS

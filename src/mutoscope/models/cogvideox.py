@@ -16,7 +16,7 @@ Attention is over text and video together, with no mask: all positions of the te
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -40,6 +40,7 @@ OFS = 2.0
 class CogVideoX(ModelConfig):
     """A pretrained CogVideoX transformer."""
 
+    native_precision: ClassVar[bool] = True
     path: str
     """The checkpoint: a folder in diffusers' format, a Hub id such as THUDM/CogVideoX-5b, or tiny://NAME."""
     task: Literal["t2v", "i2v"] = "t2v"
