@@ -11,6 +11,7 @@ longest clip.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cvlization import PEER, gpt
-from benchmarks.harness import compare, cpu_seconds, last_line, table, timing_row
+from benchmarks.harness import compare, last_line, table, timing_row
 from mutoscope.models.gpt import GPT, GPTModel
 from mutoscope.objectives.tokens import NextToken
 from mutoscope.randomness import Draw
@@ -70,11 +71,17 @@ def draw_both(
     ours()
     pairs = []
     for _ in range(repeats):
-        drawn: list[Tensor] = []
-        seconds = cpu_seconds(lambda: drawn.append(ours()))
-        pairs.append((seconds, cpu_seconds(lambda: drawn.append(theirs())) if theirs is not None else float("nan")))
-        assert torch.equal(drawn[0], drawn[-1]), "greedy tokens differ"
+        seconds, drawn = _timed(ours)
+        their_seconds, expected = _timed(theirs) if theirs is not None else (float("nan"), drawn)
+        assert torch.equal(drawn, expected), "greedy tokens differ"
+        pairs.append((seconds, their_seconds))
     return pairs
+
+
+def _timed(draw: Callable[[], Tensor]) -> tuple[float, Tensor]:
+    start = time.process_time()
+    drawn = draw()
+    return time.process_time() - start, drawn
 
 
 def grid(length: int) -> tuple[int, int, int]:
@@ -132,8 +139,8 @@ def our_clip(model: GPTModel, length: int) -> Callable[[], Tensor]:
 
 
 def peer_clip(peer: Any, length: int) -> Callable[[], Tensor]:
-    """Draws a clip as the seed's loop does, with top_k = 1. (It may draw its start token as well; then the tokens differ,
-    and nothing is timed.)"""
+    """Draws a clip as the seed's loop does, with top_k = 1. (It may draw its start token as well; then the tokens
+    differ, and the run stops.)"""
     peer.eval()
     start = torch.tensor([[CODES]])
     return lambda: peer.generate(start, max_new_tokens=length, top_k=1)[0, 1:]
