@@ -7,13 +7,19 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from mutoscope.cli import main
 from mutoscope.data.flying_mnist import make, preset_named
 from mutoscope.data.video import probe
 from mutoscope.loading import load_recipe
+from mutoscope.randomness import Draw
+from mutoscope.recipe import TokenSampler
+from mutoscope.samplers.tokens import sample_tokens
+from mutoscope.types import Cond, ModelIO
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,6 +45,17 @@ def test_the_model_of_add_a_model_trains_and_samples(tmp_path: Path, monkeypatch
     assert refused.value.code == 2
 
 
+def test_the_model_of_tokens_is_a_token_model() -> None:
+    """It is drawn from with a cache as without, and names its codes alone."""
+    [code] = blocks("docs/tokens.md", "python")
+    made: dict[str, Any] = {"__name__": "bigram"}
+    exec(code, made)
+    torch.manual_seed(0)
+    model = made["Bigram"]().build(ModelIO(channels=3, grid=(2, 2, 3), vocab=7))
+    tokens = sample_tokens(model, TokenSampler(temperature=0), Cond(), (2, 2, 3), Draw(0, "sample", [0, 1]))
+    assert torch.equal(model(tokens, Cond()).argmax(-1), tokens.flatten(1))
+
+
 def test_the_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them but make and torchrun, on a folder of captioned clips, with few steps."""
     monkeypatch.chdir(tmp_path)
@@ -61,7 +78,9 @@ def test_the_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert probe("out.mp4").frames == 8
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/concepts.md", "docs/metrics.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/concepts.md", "docs/metrics.md", "docs/tokens.md"]
+)
 def test_files_that_documents_name_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     links = [link for link in re.findall(r"\]\(([^)#:]+)\)", text) if not link.startswith("http")]

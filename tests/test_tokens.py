@@ -14,13 +14,15 @@ import torch
 
 from mutoscope.autoencoders.pretrained import load_autoencoder
 from mutoscope.cli import main
+from mutoscope.data.dataset import to_pixels, to_uint8
+from mutoscope.data.flying_mnist import preset_named, render
 from mutoscope.data.store import LatentStore
-from mutoscope.data.video import probe
+from mutoscope.data.video import probe, write_video
 from mutoscope.estimate import estimate
 from mutoscope.loading import load_recipe
 from mutoscope.recipe import Autoencoder, TokenSampler
 from mutoscope.run import Run
-from mutoscope.sample import load_generator, sample_videos
+from mutoscope.sample import conditions, encode_prefix, load_generator, sample_videos
 from mutoscope.training.loop import train
 from mutoscope.types import Cond
 from mutoscope.weights import read_weights
@@ -80,6 +82,31 @@ def test_a_video_hangs_on_its_seed_and_caption_alone(tmp_path: Path) -> None:
     assert not torch.equal(next(sample_videos(generator, other, 3, seed=1)), together[0])
     wide = replace(generator, recipe=replace(recipe, objective=replace(recipe.objective, window=0)))
     assert not torch.equal(next(sample_videos(wide, cond, 3, seed=1)), together[0])
+
+
+def test_a_given_video_is_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its first two frames, through the autoencoder, then what the model draws behind them."""
+    run = tmp_path / "run"
+    recipe = replace(load_recipe("quickstart.gpt_tiny"), steps=1, sample_every=0, validate_every=0)
+    train(recipe, run)
+    generator = load_generator(run)
+    clip = render(preset_named("tiny"), "val", 0).frames
+    write_video(tmp_path / "clip.mp4", clip, 4, lossless=True)
+    prefix = encode_prefix(generator, tmp_path / "clip.mp4", None, 2)
+    assert prefix.shape == (1, 1, 4, 4) and not prefix.is_floating_point()
+    drawn = list(sample_videos(generator, conditions(generator, 3, None, None, prefix), 3, seed=0))
+    known = to_uint8(generator.encoder.decode(prefix))[0]
+    assert all(torch.equal(video[:2], known) for video in drawn)
+    shown = generator.encoder.moments(to_pixels(torch.from_numpy(clip)[None]))
+    assert (prefix[:, 0] == shown[:, 0]).float().mean() > 0.9  # the file has other colours, by rounding
+    assert not torch.equal(drawn[0][2:], drawn[1][2:])
+    main(["sample", str(run), "--video", str(tmp_path / "clip.mp4"), "--known-frames", "2",
+          "--out", str(tmp_path / "a.mp4")])  # fmt: skip
+    assert probe(tmp_path / "a.mp4").frames == 4
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["sample", str(run), "--video", str(tmp_path / "clip.mp4"), "--known-frames", "3"])
+    assert "a multiple of 2" in capsys.readouterr().err
 
 
 def _shaken(module: torch.nn.Module) -> None:

@@ -231,10 +231,11 @@ class Sample:
     steps: int | None = None
     """Steps of the sampler, in place of the recipe's."""
     image: Path | None = None
-    """The first frame: of CogVideoX for image to video, or where the run was trained with given frames."""
+    """The first frame: of CogVideoX for image to video, of models over tokens, or where the run was trained with given
+    frames."""
     video: Path | None = None
-    """The video whose --known-frames the videos begin with, where the run was trained with given frames; for text to
-    video by CogVideoX, the video to start from."""
+    """The video whose --known-frames the videos begin with, of models over tokens or where the run was trained with
+    given frames; for text to video by CogVideoX, the video to start from."""
     known_frames: int | None = None
     """How many frames of --video are given; the rest is drawn. Not for CogVideoX."""
     negative_prompt: str | None = None

@@ -231,9 +231,9 @@ def mamba() -> Recipe:
     """Mamba-1 of 32 blocks over the tokens of minisora.vqvae: all 32,768 of a clip, a state carried through.
 
     Source: minisora's README, train_latent_mamba.py --n_layer 32 --n_embed 1280 --batch_size 8 --block_size 512, and
-    the script's constant --learning_rate 5e-4 and --beta2 .99. There windows of 512 tokens, an eighth of a latent frame,
-    began without a state and without a place, and the likeliest token was always taken; here a clip is one sequence,
-    computed 2048 positions at a time, and positions and neighbours are told. It takes captions.
+    the script's constant --learning_rate 5e-4 and --beta2 .99. There windows of 512 tokens, an eighth of a latent
+    frame, began without a state and without a place, and the likeliest token was always taken; here a clip is one
+    sequence, computed 2048 positions at a time, and positions and neighbours are told. It takes captions.
     `--model.version 2 --model.state 64` is Mamba-2, which needs no kernels to be fast on a GPU.
     Command: mutoscope train minisora.vqvae --out runs/vqvae
         mutoscope encode minisora.mamba --out runs/tokens
