@@ -103,7 +103,7 @@ class MambaModel(nn.Module):
         logits = []
         for piece in pieces:
             out, *states = (
-                checkpoint(self._piece, tokens, cond, piece, *states, use_reentrant=False)
+                checkpoint(self._piece, tokens, cond, piece, *states, use_reentrant=False, preserve_rng_state=False)
                 if recompute
                 else self._piece(tokens, cond, piece, *states)
             )
