@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-Rotary = tuple[Float[Tensor, "n e"], Float[Tensor, "n e"]]
+Rotary = tuple[Float[Tensor, "places e2"], Float[Tensor, "places e2"]]
 """Cosines and sines of positions (see `rotate`)."""
 
 
