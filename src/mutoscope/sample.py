@@ -84,9 +84,11 @@ def draw_videos(
                 drawn = sample_diffusion(model, objective, recipe.sampler, cond, shape, draw, on_step)
             case NextToken() as objective:
                 assert isinstance(recipe.sampler, TokenSampler)
-                drawn = sample_tokens(
-                    model, recipe.sampler, cond, io.grid, draw, cond.known_tokens, objective.window, on_step
-                )
+                # One position at a time, casting weights to bf16 takes longer than computing with them
+                with torch.autocast(draw.device.type, torch.bfloat16, enabled=recipe.weights == "bf16"):
+                    drawn = sample_tokens(
+                        model, recipe.sampler, cond, io.grid, draw, cond.known_tokens, objective.window, on_step
+                    )
             case other:
                 raise ValueError(f"recipe.objective {type(other).__name__} has no sampler")
     return to_uint8(generator.encoder.decode(drawn)).cpu()
