@@ -26,6 +26,9 @@ PER_SAMPLE = {
 """Without what is over a batch, and so another for another batch: the use of codes, and which numbers are dropped."""
 
 
+SLOW_MAMBA = pytest.param("minisora.mamba_tiny", marks=pytest.mark.slow)  # in chunks, which are recomputed
+
+
 def train(recipe: str, out: Path, batch_size: int, processes: int = 2) -> None:
     launcher = TORCHRUN if processes == 2 else [sys.executable]
     command = [*launcher, "-m", "mutoscope", "train", recipe, *FLAGS]
@@ -35,7 +38,7 @@ def train(recipe: str, out: Path, batch_size: int, processes: int = 2) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("recipe", ["minisora.dit_tiny", "minisora.vqvae_tiny", "minisora.gpt_tiny"])
+@pytest.mark.parametrize("recipe", ["minisora.dit_tiny", "minisora.vqvae_tiny", "minisora.gpt_tiny", SLOW_MAMBA])
 def test_two_processes_equal_one_with_the_joined_batch(tmp_path: Path, recipe: str) -> None:
     train(recipe, tmp_path / "two", batch_size=4)
     train(recipe, tmp_path / "one", batch_size=8, processes=1)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from mutoscope.autoencoders.presets import preset
 from mutoscope.models.dit import DiT
 from mutoscope.models.gpt import GPT
+from mutoscope.models.mamba import Mamba
 from mutoscope.objectives.diffusion import Diffusion
 from mutoscope.objectives.reconstruction import Reconstruction
 from mutoscope.objectives.tokens import NextToken
@@ -218,6 +219,65 @@ def gpt_tiny() -> Recipe:
         steps=20,
         batch_size=4,
         accumulate=1,
+        log_every=5,
+        validate_every=10,
+        sample_every=10,
+        save_every=10,
+        num_samples=4,
+    )
+
+
+def mamba() -> Recipe:
+    """Mamba-1 of 32 blocks over the tokens of minisora.vqvae: all 32,768 of a clip, a state carried through.
+
+    Source: minisora's README, train_latent_mamba.py --n_layer 32 --n_embed 1280 --batch_size 8 --block_size 512, and
+    the script's constant --learning_rate 5e-4 and --beta2 .99. There windows of 512 tokens, an eighth of a latent
+    frame, began without a state and without a place, and the likeliest token was always taken; here a clip is one
+    sequence, computed 2048 positions at a time, and positions and neighbours are told. It takes captions.
+    `--model.version 2 --model.state 64` is Mamba-2, which needs no kernels to be fast on a GPU.
+    Command: mutoscope train minisora.vqvae --out runs/vqvae
+        mutoscope encode minisora.mamba --out runs/tokens
+        mutoscope train minisora.mamba --data.latents runs/tokens --out runs/mamba
+    Hardware and time: a GPU of 24 GB or more with mamba_ssm (pip install mamba-ssm); not timed.
+    Expected result: the seed published no figures ("quality is low").
+    Status: untested
+    """
+    return Recipe(
+        data=_FULL,
+        autoencoder=Autoencoder(path="runs/vqvae", recipe="minisora.vqvae"),
+        text=HashedWords(max_length=80),
+        model=Mamba(version=1, depth=32, width=1280, state=16, chunk=2048),
+        objective=NextToken(),
+        sampler=TokenSampler(top_k=100),
+        optim=Optim(lr=5e-4, betas=(0.9, 0.99), weight_decay=0.1, warmup_steps=100),
+        steps=50_000,
+        batch_size=1,
+        precision="bf16",
+        log_every=20,
+        validate_every=2000,
+        sample_every=10_000,
+        save_every=2000,
+        num_samples=2,
+    )
+
+
+def mamba_tiny() -> Recipe:
+    """Mamba in seconds on a CPU, over tokens of 8×16×16 clips: 2×4×4, 12 positions at a time.
+
+    Source: minisora.mamba with all sizes cut down.
+    Command: mutoscope train minisora.mamba_tiny --out runs/mamba_tiny
+    Status: verified
+    """
+    return replace(
+        mamba(),
+        data=replace(_TINY, frames=8, short="loop"),
+        autoencoder=Autoencoder(path="untrained://", recipe="minisora.vqvae_tiny"),
+        text=HashedWords(width=16, max_length=8),
+        model=Mamba(version=1, depth=2, width=32, state=4, chunk=12),
+        optim=Optim(lr=1e-3, warmup_steps=5),
+        precision="fp32",
+        steps=20,
+        batch_size=4,
         log_every=5,
         validate_every=10,
         sample_every=10,
