@@ -82,9 +82,10 @@ def draw_videos(
                 assert isinstance(recipe.sampler, Sampler)
                 shape = (io.channels, *io.grid)
                 drawn = sample_diffusion(model, objective, recipe.sampler, cond, shape, draw, on_step)
-            case NextToken():
+            case NextToken() as objective:
                 assert isinstance(recipe.sampler, TokenSampler)
-                drawn = sample_tokens(model, recipe.sampler, cond, io.grid, draw, on_step=on_step)
+                window = objective.window
+                drawn = sample_tokens(model, recipe.sampler, cond, io.grid, draw, window=window, on_step=on_step)
             case other:
                 raise ValueError(f"recipe.objective {type(other).__name__} has no sampler")
     return to_uint8(generator.encoder.decode(drawn)).cpu()

@@ -198,6 +198,9 @@ class TokenCache:
 
     length: int = 0
     """Positions that it covers: always the first of the clip."""
+    window: int = 0
+    """The last positions, the one that is told included, that attention may look at: as many as in training
+    (`NextToken.window`); 0 for all. No concern of a recurrence."""
     state: dict[str, Tensor] = field(default_factory=dict)
     """The model's own tensors; the batch is their first axis."""
 
