@@ -9,7 +9,8 @@ from mutoscope.errors import ConfigError
 from mutoscope.limits import out_of_limits
 from mutoscope.objectives.diffusion import Diffusion
 from mutoscope.objectives.tokens import NextToken
-from mutoscope.recipe import ClipSet, Data, Optim, Recipe, Sampler, TokenSampler
+from mutoscope.recipe import ClipSet, Data, Optim, Parallel, Recipe, Sampler, TokenSampler
+from mutoscope.training.optimizers import SHARDED
 
 
 def validate(recipe: Recipe) -> None:
@@ -60,6 +61,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     if optim.final_lr and optim.schedule == "constant":
         yield "recipe.optim.final_lr: a constant schedule has no end; set final_lr = 0, or schedule to linear or cosine"
     yield from _contradictions_of_memory(recipe)
+    yield from _contradictions_of_parallel(recipe)
 
 
 def _contradictions_of_memory(recipe: Recipe) -> Iterator[str]:
@@ -103,6 +105,25 @@ def _contradictions_of_release(recipe: Recipe) -> Iterator[str]:
         yield f"{name}: optim.offload takes gradients off the GPU already; set one of the two to false"
     if optim.name in ("muon", "prodigy"):
         yield f"{name}: {optim.name} is not for single gradients; take one of AdamW's or came"
+
+
+def _contradictions_of_parallel(recipe: Recipe) -> Iterator[str]:
+    parallel, optim = recipe.parallel, recipe.optim
+    if parallel.stall >= parallel.timeout:
+        yield (f"recipe.parallel.stall: {parallel.stall:g} s is no sooner than the timeout of {parallel.timeout:g} s, "
+               "after which there is nobody left to ask; set it to less, or to 0")  # fmt: skip
+    if parallel.strategy != "fsdp2":
+        for name in ("shard", "replicate", "reshard", "offload"):
+            if getattr(parallel, name) != getattr(Parallel, name):
+                yield f"recipe.parallel.{name}: is for strategy = fsdp2, the strategy is {parallel.strategy}"
+        return
+    if optim.name not in SHARDED:
+        yield (f"recipe.optim.name: {optim.name} looks at whole weights, and fsdp2 divides them; take "
+               f"{' or '.join(SHARDED)} (their state is divided, too), or strategy = ddp")  # fmt: skip
+    if optim.offload:
+        yield 'recipe.optim.offload: is for whole weights; with fsdp2, set parallel.offload = "all"'
+    if recipe.offload_blocks:
+        yield 'recipe.offload_blocks: fsdp2 divides the blocks already; set it to 0, or parallel.offload = "all"'
 
 
 def _contradictions_of_set(clips: ClipSet, path: str) -> Iterator[str]:

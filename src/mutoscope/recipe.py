@@ -324,8 +324,22 @@ class Optim:
 class Parallel:
     """How the work is spread over processes (start them with torchrun)."""
 
-    strategy: Literal["none", "ddp"] = "none"
-    """none: one process. ddp: a replica on every process; under torchrun, none becomes ddp."""
+    strategy: Literal["none", "ddp", "fsdp2"] = "none"
+    """none: one process. ddp: a replica on every process; under torchrun, none becomes ddp. fsdp2: every process holds
+    a part of the weights, gradients and optimizer state, and gathers the weights of a block when it computes."""
+    shard: int = 0
+    """fsdp2: processes that hold one copy of the model together; 0 takes all that `replicate` leaves."""
+    replicate: int = 0
+    """fsdp2: copies of the model (HSDP); best as many as there are nodes. 0 follows from `shard`, or is 1."""
+    reshard: bool = True
+    """fsdp2: let go of a block's weights after its forward pass, and gather them again for the backward pass (ZeRO-3).
+    false keeps them from one to the other (ZeRO-2): a third less to communicate, and the memory of all weights."""
+    offload: Literal["none", "all"] = "none"
+    """fsdp2: all keeps weights, gradients and optimizer state on the CPU, where steps are taken. GPUs only."""
+    timeout: float = 1800.0
+    """Seconds that a process waits for the others before it gives up."""
+    stall: float = 300.0
+    """Seconds without a step, or whatever else is done, after which a process says where it stands; 0 never."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,7 +404,11 @@ class Recipe:
     sample_every: int = 500
     """Steps between samples (reconstructions for autoencoders); once before step 1 too. 0 turns it off."""
     save_every: int = 500
-    """Steps between checkpoints; the last two are kept. One is written at the end and when the run is stopped."""
+    """Steps between checkpoints. One is written at the end and when the run is stopped."""
+    keep_last: int = 2
+    """Checkpoints that are kept: the newest, and those to fall back to."""
+    keep_every: int = 0
+    """Checkpoints of steps that this divides are kept besides, for ever; 0 none."""
     num_samples: int = 8
     """Videos in each of those samples."""
     wandb: str | None = None

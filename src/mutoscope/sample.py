@@ -318,12 +318,14 @@ def read_wanted(recipe: Recipe, device: torch.device) -> Wanted:
     return Wanted(path, requests, embed_prompts(path, requests, recipe.text.weights, device))
 
 
-def draw_wanted(wanted: Wanted, model: nn.Module, folder: Path, rank: int, world: int) -> None:
+def draw_wanted(wanted: Wanted, model: nn.Module, folder: Path, rank: int, world: int, write: bool = True) -> None:
     """Draw this process's share of a validation file from a model in training, by the path that `mutoscope sample`
-    takes. There is no second copy of the model; the autoencoder is there only while it decodes."""
+    takes. There is no second copy of the model; the autoencoder is there only while it decodes.
+
+    rank, world: of copies of the model; write: False where another process writes what this one helps to draw."""
     from mutoscope.samplers.cogvideox import Drawer
     from mutoscope.validation import draw_requests
 
     assert isinstance(model, CogVideoXModel)
     drawer = Drawer(wanted.path, model.transformer, wanted.embeddings)
-    draw_requests(drawer, wanted.requests, folder, rank=rank, world=world)
+    draw_requests(drawer, wanted.requests, folder, rank=rank, world=world, write=write)

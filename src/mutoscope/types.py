@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -209,6 +209,7 @@ class TokenCache:
         self.state = {name: tensor.detach() for name, tensor in self.state.items()}
 
 
+@runtime_checkable
 class TokenModel(Protocol):
     """A module that knows, for each token of a clip, how likely its values are given the tokens before it.
 

@@ -56,11 +56,14 @@ class OnRecipe:
 
     def load(self, flags: Sequence[str]) -> Recipe:
         """The recipe with the fields that `flags` set, validated."""
+        from mutoscope import factory_flags
         from mutoscope.contradictions import validate
         from mutoscope.loading import load_recipe
         from mutoscope.overrides import override
         from mutoscope.recipe import Recipe
 
+        if foreign := [*factory_flags.told(flags)]:
+            raise ConfigError(*foreign)
         own, of_recipe = ([f"--{f.name}".replace("_", "-") for f in fields(cls)] for cls in (self, Recipe))
         for flag in flags:
             if (near := get_close_matches(flag, of_recipe + own, n=1)) and near[0] in own:

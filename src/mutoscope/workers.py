@@ -6,7 +6,30 @@ import multiprocessing
 import os
 import signal
 import threading
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
+from multiprocessing.context import ForkServerContext, SpawnContext
+
+PRELOADED = ["mutoscope.data.loader", "mutoscope.encode"]
+"""What the server imports, and torch and PyAV with it."""
+
+
+def worker_context() -> ForkServerContext | SpawnContext:
+    """How worker processes are started: forked from a server that has imported what they need and done nothing else.
+
+    A fork of this process would copy locks of torch's and CUDA's threads; a worker that is spawned imports torch anew,
+    for one to two seconds. The server keeps the environment that it was started in, and ends with this process.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def prepare_workers() -> None:
+    """Start that server, which imports beside what this process does meanwhile."""
+    if worker_context().get_start_method() == "forkserver":
+        forkserver.ensure_running()
 
 
 def follow_parent() -> None:

@@ -205,8 +205,12 @@ def _key(clip: Clip, version: tuple[int, int]) -> Key:
     path = m.path if is_url(m.path) else os.path.abspath(m.path)
     place = (path, m.member, m.offset, m.size, m.row, m.column, clip.start, clip.end)
     identity = repr((VERSION, av.__version__, place, version))
-    number = xxhash.xxh3_64_intdigest(os.fsencode(os.path.dirname(path))) % FILES
-    return number, xxhash.xxh3_128_hexdigest(identity.encode()).encode()
+    return _file_of(os.path.dirname(path)), xxhash.xxh3_128_hexdigest(identity.encode()).encode()
+
+
+@lru_cache(maxsize=4096)
+def _file_of(folder: str) -> int:
+    return xxhash.xxh3_64_intdigest(os.fsencode(folder)) % FILES
 
 
 def _recall(keys: dict[int, Key]) -> Iterator[tuple[int, ClipInfo]]:
@@ -251,5 +255,6 @@ def _checksum(entry: bytes) -> bytes:
     return xxhash.xxh3_64_hexdigest(entry).encode()
 
 
+@lru_cache(maxsize=4096)  # Most clips of a data set are alike.
 def _parse(values: bytes) -> ClipInfo:
     return ClipInfo(**dict(zip(_FIELDS, json.loads(values), strict=True)))
