@@ -204,7 +204,8 @@ class Autoencoder:
 
     path: str
     """The run directory that holds it; or, where `recipe` is none, a pretrained checkpoint: a folder in diffusers'
-    format, a Hub id or tiny://NAME. Empty is the model's own checkpoint."""
+    format, a Hub id or tiny://NAME. Empty is the model's own checkpoint; untrained:// is the recipe's network with
+    fresh weights, which is enough to try a chain out."""
     recipe: str | None
     """The recipe that trains it: tells its shapes before it exists, and the command that makes it. none: pretrained."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
