@@ -24,9 +24,9 @@ from torch import Tensor
 Grid = tuple[int, int, int]
 Indices = npt.NDArray[np.int64]
 
-BOX = {"cpu": (2, 4, 4), "cuda": (2, 8, 8)}
+BOX = {"cpu": (2, 4, 4), "cuda": (2, 4, 8)}
 """Positions (t, h, w) that share their keys, where these are near to one another. Larger boxes gather less and mask
-more; by measurement on a CPU, by guess on a GPU, whose matrix units want 128 rows."""
+more; by measurement on a CPU, by guess on a GPU, whose kernels take 64 rows at a time."""
 RUN = 128
 """Positions that share their keys in other contexts: about as many, in whole rows of a frame."""
 CHUNK = 4096
@@ -150,23 +150,25 @@ def nearest_tokens(grid: Grid, count: int) -> Indices:
     as far, the first in raster order; −1 where there are no more."""
     t, h, w = grid
     offsets = _offsets(grid)
+    steps = offsets.astype(np.int64) @ [h * w, w, 1]  # in raster order
     found = np.full((t * h * w, count), -1, dtype=np.int64)
     for first in range(0, len(found), CHUNK):
         left = np.arange(first, min(first + CHUNK, len(found)))
-        some = 4 * count
+        some = 2 * count
         while len(left):  # most find all they need among the nearest few; those at edges look further
-            there = np.stack([left // (h * w), left // w % h, left % w], axis=-1)[:, None] + offsets[:some]
-            inside = ((there >= 0) & (there < np.array(grid))).all(-1)
-            rank = inside.cumsum(1)
-            row, place = np.nonzero(inside & (rank <= count))
-            tokens = (there[row, place, 0] * h + there[row, place, 1]) * w + there[row, place, 2]
-            found[left[row], rank[row, place] - 1] = tokens
+            inside = np.ones((len(left), len(offsets[:some])), dtype=np.bool_)
+            for axis, place in enumerate((left // (h * w), left // w % h, left % w)):
+                there = place.astype(np.int16)[:, None] + offsets[:some, axis]
+                inside &= (there >= 0) & (there < grid[axis])
+            rank = inside.cumsum(1, dtype=np.int32)
+            row, column = np.nonzero(inside & (rank <= count))
+            found[left[row], rank[row, column] - 1] = left[row] + steps[column]
             left, some = left[inside.sum(1) < np.minimum(left, count)], some * 4
     return found
 
 
 @cache
-def _offsets(grid: Grid) -> Indices:
+def _offsets(grid: Grid) -> npt.NDArray[np.int16]:
     """(m, 3): all (t, h, w) from a position of a grid to one before it, nearest first. Among those as far, offsets are
     in lexical order, which for the tokens that they lead to is raster order."""
     t, h, w = grid
@@ -174,8 +176,7 @@ def _offsets(grid: Grid) -> Indices:
     offsets = np.stack(axes, axis=-1).reshape(-1, 3)
     before = (offsets * [(2 * h) * (2 * w), 2 * w, 1]).sum(-1) < 0  # lexically below (0, 0, 0)
     offsets = offsets[before]
-    sorted_: Indices = offsets[np.argsort((offsets**2).sum(-1), kind="stable")]
-    return sorted_
+    return offsets[np.argsort((offsets**2).sum(-1), kind="stable")].astype(np.int16)
 
 
 # ---------------------------------------------------------------- what is computed together
