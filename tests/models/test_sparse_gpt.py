@@ -91,10 +91,10 @@ def test_the_receptive_field_is_the_one_that_is_told(context: Context, depth: in
 
 
 def test_attention_is_relative_in_space_and_time() -> None:
-    attention = built().blocks[0].attention
+    attention: Any = built().blocks[0].attention
     q, k = torch.randn(2, 1, 1, 16, generator=torch.Generator().manual_seed(0))
 
-    def dots(own: list[float], token: list[float]) -> Tensor:
+    def dots(own: list[int], token: list[int]) -> Tensor:
         turned = lambda y, place: attention._turned(y, attention.query_scale, torch.tensor([[place]]).float())
         return (turned(q, own) * turned(k, token)).sum(-1)
 
@@ -105,7 +105,8 @@ def test_attention_is_relative_in_space_and_time() -> None:
 
 
 def test_positions_can_be_one_dimensional() -> None:
-    tables = [[len(table.weight) for table in built(positions=positions).inputs.tables] for positions in ("3d", "1d")]
+    sizes = lambda model: [len(table.weight) for table in model.inputs.tables]
+    tables = [sizes(built(positions=positions)) for positions in ("3d", "1d")]
     assert tables == [[3, 4, 5], [60]]
     assert depends(built(positions="1d", depth=1)) == depends(built(depth=1))
 
@@ -140,7 +141,7 @@ def test_tiles_are_attention_one_by_one_and_so_are_their_gradients(context: Cont
     tokens, cond = inputs(3)
     x = model.inputs(tokens, cond, torch.arange(TOTAL)[None])
     reads = reads_of(context, 0, TOTAL, GRID, 0, x.device)
-    attention = model.blocks[0].attention
+    attention: Any = model.blocks[0].attention
     positions = torch.arange(TOTAL)[None]
     own, token = places(positions, GRID), places(positions - 1, GRID)
     split = lambda y: y.unflatten(-1, (2, -1))
