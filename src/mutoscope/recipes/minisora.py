@@ -13,6 +13,8 @@ from mutoscope.autoencoders.presets import preset
 from mutoscope.models.dit import DiT
 from mutoscope.models.gpt import GPT
 from mutoscope.models.mamba import Mamba
+from mutoscope.models.sparse_context import Nearest
+from mutoscope.models.sparse_gpt import SparseGPT
 from mutoscope.objectives.diffusion import Diffusion
 from mutoscope.objectives.reconstruction import Reconstruction
 from mutoscope.objectives.tokens import NextToken
@@ -283,4 +285,48 @@ def mamba_tiny() -> Recipe:
         sample_every=10,
         save_every=10,
         num_samples=4,
+    )
+
+
+def sparse_gpt() -> Recipe:
+    """GPT over all 32,768 tokens of a clip of minisora.vqvae, each of which sees the 128 nearest known ones.
+
+    Source: minisora's README, train_latent_mdgpt.py --block_size 512 --sparse_block_size 512 --num_latent_frames 8
+    --batch_size 8 --gradient_accumulation_steps 4 --use_1d_pos_emb --only_predict_last, with the script's other
+    defaults as in minisora.gpt. (Its own --sparse_block_size is 128; 512 of a block of 512 leave nothing out.)
+    There a forward pass told one token, and the command stopped at an error; here it tells all of a clip at once.
+    `--model.positions 1d --objective.window 512 --objective.only-last True` is the README's way. With
+    `--model.context.type mutoscope.models.sparse_context:Frames` a frame's tokens see it and all of the one before, as
+    in the script at that time; `...:Strided` is train_latent_nanogpt.py's --sparse_context_window --context_stride 2
+    --context_stride_start 32.
+    Command: mutoscope train minisora.vqvae --out runs/vqvae
+        mutoscope encode minisora.sparse_gpt --out runs/tokens
+        mutoscope train minisora.sparse_gpt --data.latents runs/tokens --out runs/sparse_gpt
+    Hardware and time: a GPU of 24 GB or more; not timed.
+    Expected result: the seed published no figures.
+    Status: untested
+    """
+    return replace(
+        gpt(),
+        model=SparseGPT(depth=8, width=768, heads=6, dropout=0.2, context=Nearest(tokens=128)),
+        objective=NextToken(),
+        steps=20_000,
+        batch_size=1,
+        accumulate=4,
+        activation_checkpointing=True,
+    )
+
+
+def sparse_gpt_tiny() -> Recipe:
+    """The sparse GPT in seconds on a CPU, over tokens of 8×16×16 clips: 2×4×4, each of which sees 6.
+
+    Source: minisora.sparse_gpt with all sizes cut down.
+    Command: mutoscope train minisora.sparse_gpt_tiny --out runs/sparse_gpt_tiny
+    Status: verified
+    """
+    return replace(
+        gpt_tiny(),
+        model=SparseGPT(depth=2, width=32, heads=2, dropout=0.2, context=Nearest(tokens=6)),
+        objective=NextToken(),
+        activation_checkpointing=True,
     )

@@ -8,6 +8,8 @@ from mutoscope.autoencoders.conv import ConvAutoencoder
 from mutoscope.models.dit import DiT
 from mutoscope.models.gpt import GPT
 from mutoscope.models.mamba import Mamba
+from mutoscope.models.sparse_context import Nearest
+from mutoscope.models.sparse_gpt import SparseGPT
 from mutoscope.objectives.diffusion import Diffusion
 from mutoscope.objectives.reconstruction import Reconstruction
 from mutoscope.objectives.tokens import NextToken
@@ -159,6 +161,19 @@ def mamba2() -> Recipe:
     return replace(gpt(), model=Mamba(version=2, depth=4, width=128, state=32, head_dim=32))
 
 
+def sparse_gpt() -> Recipe:
+    """The same GPT, in which each token sees the 32 nearest known ones.
+
+    Source: quickstart.gpt, with attention as in minisora's "mdGPT".
+    Command: mutoscope train quickstart.tokenizer --out runs/tokenizer
+        mutoscope encode quickstart.sparse_gpt --out runs/tokens
+        mutoscope train quickstart.sparse_gpt --data.latents runs/tokens
+    Hardware: a CPU core, minutes.
+    Status: untested
+    """
+    return replace(gpt(), model=SparseGPT(depth=4, width=128, heads=4, context=Nearest(tokens=32)))
+
+
 def autoencoder_tiny() -> Recipe:
     """The patch-local autoencoder in seconds, on clips of 4 frames of 16×16 pixels.
 
@@ -252,6 +267,16 @@ def mamba2_tiny() -> Recipe:
     Status: verified
     """
     return replace(gpt_tiny(), model=Mamba(version=2, depth=2, width=32, state=8, head_dim=16))
+
+
+def sparse_gpt_tiny() -> Recipe:
+    """The sparse GPT in seconds, on the tokens of quickstart.tokenizer_tiny, trained or not.
+
+    Source: quickstart.sparse_gpt with all sizes cut down.
+    Command: mutoscope train quickstart.sparse_gpt_tiny
+    Status: verified
+    """
+    return replace(gpt_tiny(), model=SparseGPT(depth=2, width=32, heads=2, context=Nearest(tokens=8)))
 
 
 def _in_seconds(recipe: Recipe) -> Recipe:
