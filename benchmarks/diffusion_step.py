@@ -4,9 +4,10 @@
 
 Both sides get the same weights, and must predict the same before anything is timed. (There the seed's GELU is
 exchanged for the exact one, which ours has; it is timed with its own.) Widths, heads, patches and losses are those of
-the seed's commands, and so is Latte's grid; depths are a third of theirs, and STDiT's frames are half as high and wide,
-to take seconds. A step is what the loops do: times, noise, the loss with its variational bound, gradients, clipping,
-Adam. Time is CPU time of one thread. The last line is STDiT's or Latte's, whichever gains less.
+the seed's commands, and so is Latte's grid. Of Latte there are two blocks, of STDiT one, and its frames are half as
+high and wide, to take seconds: what is left out is more of the same. A step is what the loops do: times, noise, the
+loss with its variational bound, gradients, clipping, Adam. Time is CPU time of one thread. The last line is STDiT's or
+Latte's, whichever gains less.
 """
 
 from __future__ import annotations
