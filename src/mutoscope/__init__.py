@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         Recipe,
         Sampler,
         TextConfig,
+        TokenSampler,
     )
     from mutoscope.recipes import list_recipes
     from mutoscope.training.loop import train
@@ -42,6 +43,7 @@ __all__ = [
     "Recipe",
     "Sampler",
     "TextConfig",
+    "TokenSampler",
     "list_recipes",
     "load_recipe",
     "train",

@@ -11,15 +11,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mutoscope.adapters import read_adapter
 from mutoscope.autoencoders.pretrained import load_autoencoder, pretrained_spec, pretrained_stats
 from mutoscope.data.store import LatentStats
 from mutoscope.encoder import Encoder
 from mutoscope.loading import load_recipe
 from mutoscope.recipe import Autoencoder, Recipe
 from mutoscope.run import Run
-from mutoscope.training.lora import add_lora, load_adapter_state
+from mutoscope.training.lora import add_lora, load_adapter_state, network_of
 from mutoscope.types import PIXELS, Cond, LatentSpec, ModelIO
-from mutoscope.weights import load_file, read_weights
+from mutoscope.weights import load_file
 
 
 def build_encoder(
@@ -145,7 +146,8 @@ def build_trained(run: Run, spec: LatentSpec | None = None) -> nn.Module:
     recipe = run.recipe
     if recipe.lora is not None:  # what it started from may be gone, and is in its own adapters
         model = build_trainee(replace(recipe, lora=replace(recipe.lora, init_from=None, init_alpha=None)), spec)
-        load_adapter_state(model, read_weights(run.weights), source=str(run.weights))
+        trained = read_adapter(run.weights, network_of(model)).scaled(recipe.lora.scale)
+        load_adapter_state(model, trained.state, source=str(run.weights))
         return model
     model = recipe.model.build(model_io(recipe, spec))
     load_file(model, run.weights)

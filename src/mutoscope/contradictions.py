@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from mutoscope.config import check
 from mutoscope.errors import ConfigError
 from mutoscope.limits import out_of_limits
-from mutoscope.recipe import ClipSet, Data, Optim, Recipe
+from mutoscope.objectives.diffusion import Diffusion
+from mutoscope.objectives.tokens import NextToken
+from mutoscope.recipe import ClipSet, Data, Optim, Parallel, Recipe, Sampler, TokenSampler
+from mutoscope.training.optimizers import SHARDED
 
 
 def validate(recipe: Recipe) -> None:
@@ -51,11 +54,16 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             yield "recipe.data.cache: stored latents are memory-mapped already; it is for clips"
     if data.cache and (data.window == "random" or data.resize == "random_crop"):
         yield "recipe.data.cache: random windows and crops are new each time, so that there is nothing to keep"
-    if sampler is not None and sampler.eta and sampler.method != "ddim":
+    if isinstance(recipe.objective, NextToken) and isinstance(sampler, Sampler):
+        yield 'recipe.sampler: tokens are drawn one by one, not by diffusion; set sampler.type = "TokenSampler"'
+    if isinstance(recipe.objective, Diffusion) and isinstance(sampler, TokenSampler):
+        yield 'recipe.sampler: videos are drawn by diffusion, not token by token; set sampler.type = "Sampler"'
+    if isinstance(sampler, Sampler) and sampler.eta and sampler.method != "ddim":
         yield f"recipe.sampler.eta: only ddim puts noise back, the method is {sampler.method}; set eta = 0"
     if optim.final_lr and optim.schedule == "constant":
         yield "recipe.optim.final_lr: a constant schedule has no end; set final_lr = 0, or schedule to linear or cosine"
     yield from _contradictions_of_memory(recipe)
+    yield from _contradictions_of_parallel(recipe)
 
 
 def _contradictions_of_memory(recipe: Recipe) -> Iterator[str]:
@@ -99,6 +107,25 @@ def _contradictions_of_release(recipe: Recipe) -> Iterator[str]:
         yield f"{name}: optim.offload takes gradients off the GPU already; set one of the two to false"
     if optim.name in ("muon", "prodigy"):
         yield f"{name}: {optim.name} is not for single gradients; take one of AdamW's or came"
+
+
+def _contradictions_of_parallel(recipe: Recipe) -> Iterator[str]:
+    parallel, optim = recipe.parallel, recipe.optim
+    if parallel.stall >= parallel.timeout:
+        yield (f"recipe.parallel.stall: {parallel.stall:g} s is no sooner than the timeout of {parallel.timeout:g} s, "
+               "after which there is nobody left to ask; set it to less, or to 0")  # fmt: skip
+    if parallel.strategy != "fsdp2":
+        for name in ("shard", "replicate", "reshard", "offload"):
+            if getattr(parallel, name) != getattr(Parallel, name):
+                yield f"recipe.parallel.{name}: is for strategy = fsdp2, the strategy is {parallel.strategy}"
+        return
+    if optim.name not in SHARDED:
+        yield (f"recipe.optim.name: {optim.name} looks at whole weights, and fsdp2 divides them; take "
+               f"{' or '.join(SHARDED)} (their state is divided, too), or strategy = ddp")  # fmt: skip
+    if optim.offload:
+        yield 'recipe.optim.offload: is for whole weights; with fsdp2, set parallel.offload = "all"'
+    if recipe.offload_blocks:
+        yield 'recipe.offload_blocks: fsdp2 divides the blocks already; set it to 0, or parallel.offload = "all"'
 
 
 def _contradictions_of_set(clips: ClipSet, path: str) -> Iterator[str]:

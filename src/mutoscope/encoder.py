@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader
 
 from mutoscope.checkpoints import hash_part
 from mutoscope.data.buckets import Pool, make_pools
-from mutoscope.data.dataset import Clips, Listing, VideoDataset, list_and_look, make_loader, to_pixels, to_uint8
+from mutoscope.data.dataset import Clips, Listing, VideoDataset, list_and_look, to_pixels, to_uint8
 from mutoscope.data.flying_mnist import Split
+from mutoscope.data.loader import make_loader
 from mutoscope.data.store import (
     STATS_CLIPS,
     LatentStats,
@@ -36,6 +37,7 @@ from mutoscope.randomness import Draw
 from mutoscope.recipe import Autoencoder, Recipe
 from mutoscope.types import DTYPES, PIXELS, Batch, Cond, LatentSpec
 from mutoscope.weights import hash_weights
+from mutoscope.workers import worker_context
 
 
 class Encoder:
@@ -241,7 +243,7 @@ class Source:
             batch_sampler=batches,
             collate_fn=self.dataset.collate,
             num_workers=workers,
-            multiprocessing_context="spawn" if workers else None,
+            multiprocessing_context=worker_context() if workers else None,
             generator=torch.Generator(),
         )
         return iter(loader)

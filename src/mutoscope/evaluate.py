@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from mutoscope.data.buckets import iterate_once
-from mutoscope.data.dataset import VideoDataset, make_loader, to_pixels
+from mutoscope.data.dataset import VideoDataset, to_pixels
 from mutoscope.data.flying_mnist import preset_of
+from mutoscope.data.loader import make_loader
 from mutoscope.files import replacing
 from mutoscope.metrics.frechet import FrechetDistance, random_conv_features
 from mutoscope.metrics.glyph import GlyphMetric

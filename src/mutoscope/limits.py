@@ -24,6 +24,8 @@ LIMITS: dict[str, Limits] = {
     "validate_every": AT_LEAST_0,
     "sample_every": AT_LEAST_0,
     "save_every": AT_LEAST_1,
+    "keep_last": AT_LEAST_1,
+    "keep_every": AT_LEAST_0,
     "num_samples": AT_LEAST_1,
     "offload_blocks": AT_LEAST_0,
     "data.frames": AT_LEAST_1,
@@ -48,6 +50,9 @@ LIMITS: dict[str, Limits] = {
     "sampler.steps": AT_LEAST_1,
     "sampler.guidance_scale": AT_LEAST_0,
     "sampler.eta": UP_TO_1,
+    "sampler.temperature": AT_LEAST_0,
+    "sampler.top_k": AT_LEAST_0,
+    "sampler.top_p": {"exclusiveMinimum": 0, "maximum": 1},
     "optim.lr": POSITIVE,  # 0 trains nothing and says so nowhere
     "optim.betas": SHARE,
     "optim.eps": POSITIVE,
@@ -57,6 +62,10 @@ LIMITS: dict[str, Limits] = {
     "optim.final_lr": {"minimum": 0, "maximum": 1},
     "optim.max_grad_norm": AT_LEAST_0,
     "optim.max_bad_steps": AT_LEAST_1,
+    "parallel.shard": AT_LEAST_0,
+    "parallel.replicate": AT_LEAST_0,
+    "parallel.timeout": POSITIVE,
+    "parallel.stall": AT_LEAST_0,
 }
 """By the field's path. A network's and an objective's own limits are in their ``__post_init__``."""
 

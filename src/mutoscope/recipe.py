@@ -278,6 +278,20 @@ class Sampler:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenSampler:
+    """How videos are drawn from a model over tokens: one token after the other."""
+
+    temperature: float = 1.0
+    """The logits are divided by it: below 1, likely tokens become likelier; 0 always takes the likeliest."""
+    top_k: int = 0
+    """Draw from the k likeliest tokens only; 0 from all."""
+    top_p: float = 1.0
+    """Draw from the fewest tokens that together have this probability (arXiv:1904.09751); 1 from all."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance of the logits; 1 turns it off, higher follows the condition more."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Optim:
     """The optimizer and its schedule. All counts are optimizer steps."""
 
@@ -318,8 +332,22 @@ class Optim:
 class Parallel:
     """How the work is spread over processes (start them with torchrun)."""
 
-    strategy: Literal["none", "ddp"] = "none"
-    """none: one process. ddp: a replica on every process; under torchrun, none becomes ddp."""
+    strategy: Literal["none", "ddp", "fsdp2"] = "none"
+    """none: one process. ddp: a replica on every process; under torchrun, none becomes ddp. fsdp2: every process holds
+    a part of the weights, gradients and optimizer state, and gathers the weights of a block when it computes."""
+    shard: int = 0
+    """fsdp2: processes that hold one copy of the model together; 0 takes all that `replicate` leaves."""
+    replicate: int = 0
+    """fsdp2: copies of the model (HSDP); best as many as there are nodes. 0 follows from `shard`, or is 1."""
+    reshard: bool = True
+    """fsdp2: let go of a block's weights after its forward pass, and gather them again for the backward pass (ZeRO-3).
+    false keeps them from one to the other (ZeRO-2): a third less to communicate, and the memory of all weights."""
+    offload: Literal["none", "all"] = "none"
+    """fsdp2: all keeps weights, gradients and optimizer state on the CPU, where steps are taken. GPUs only."""
+    timeout: float = 1800.0
+    """Seconds that a process waits for the others before it gives up."""
+    stall: float = 300.0
+    """Seconds without a step, or whatever else is done, after which a process says where it stands; 0 never."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,8 +368,8 @@ class Recipe:
     """Give the model the first frame of each clip, as image to video does; it is noised anew each time."""
     lora: Lora | None = None
     """Train a low-rank update of the model and keep its own weights as they are; none trains all weights."""
-    sampler: Sampler | None = None
-    """How videos are drawn; none for models that do not generate."""
+    sampler: Sampler | TokenSampler | None = None
+    """How videos are drawn, by diffusion or token by token; none for models that do not generate."""
     validation_file: str | None = None
     """A table (JSONL, CSV, ...) of videos to draw at each sample_every: prompt, image, frames, seed, ... in columns."""
     optim: Optim = field(default_factory=Optim)
@@ -384,7 +412,11 @@ class Recipe:
     sample_every: int = 500
     """Steps between samples (reconstructions for autoencoders); once before step 1 too. 0 turns it off."""
     save_every: int = 500
-    """Steps between checkpoints; the last two are kept. One is written at the end and when the run is stopped."""
+    """Steps between checkpoints. One is written at the end and when the run is stopped."""
+    keep_last: int = 2
+    """Checkpoints that are kept: the newest, and those to fall back to."""
+    keep_every: int = 0
+    """Checkpoints of steps that this divides are kept besides, for ever; 0 none."""
     num_samples: int = 8
     """Videos in each of those samples."""
     wandb: str | None = None

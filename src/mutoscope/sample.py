@@ -21,10 +21,12 @@ from mutoscope.encoder import Encoder
 from mutoscope.loading import RECIPE_FILE
 from mutoscope.models.cogvideox import CogVideoX, CogVideoXModel
 from mutoscope.objectives.diffusion import Diffusion
+from mutoscope.objectives.tokens import NextToken
 from mutoscope.randomness import Draw
-from mutoscope.recipe import Recipe, Sampler
+from mutoscope.recipe import Recipe, Sampler, TokenSampler
 from mutoscope.run import Run
 from mutoscope.samplers.diffusion import sample_diffusion
+from mutoscope.samplers.tokens import sample_tokens
 from mutoscope.text.t5 import T5
 from mutoscope.types import NO_LABEL, Batch, Cond
 
@@ -77,8 +79,13 @@ def draw_videos(
     with inference(recipe, model):
         match recipe.objective:
             case Diffusion() as objective:
+                assert isinstance(recipe.sampler, Sampler)
                 shape = (io.channels, *io.grid)
                 drawn = sample_diffusion(model, objective, recipe.sampler, cond, shape, draw, on_step)
+            case NextToken() as objective:
+                assert isinstance(recipe.sampler, TokenSampler)
+                window = objective.window
+                drawn = sample_tokens(model, recipe.sampler, cond, io.grid, draw, window=window, on_step=on_step)
             case other:
                 raise ValueError(f"recipe.objective {type(other).__name__} has no sampler")
     return to_uint8(generator.encoder.decode(drawn)).cpu()
@@ -226,11 +233,12 @@ def sample_run(
     sampler = generator.recipe.sampler
     if sampler is None:
         raise ValueError(f"{folder} holds a model that does not generate (its recipe has no sampler)")
-    sampler = replace(
-        sampler,
-        steps=sampler.steps if steps is None else steps,
-        guidance_scale=sampler.guidance_scale if guidance_scale is None else guidance_scale,
-    )
+    if guidance_scale is not None:
+        sampler = replace(sampler, guidance_scale=guidance_scale)
+    if steps is not None:
+        if not isinstance(sampler, Sampler):
+            raise ValueError(f"--steps {steps}: {folder} holds a model over tokens, which are drawn one by one")
+        sampler = replace(sampler, steps=steps)
     generator = replace(generator, recipe=replace(generator.recipe, sampler=sampler))
     validate(generator.recipe)
     given = video is not None or image is not None or known_frames is not None
@@ -329,6 +337,7 @@ def request_of(recipe: Recipe) -> Request:
 
     assert isinstance(recipe.model, CogVideoX)
     data, sampler = recipe.data, recipe.sampler or Sampler()
+    assert isinstance(sampler, Sampler)
     base = request_for(recipe.model.path)
     return replace(
         base,
@@ -361,12 +370,14 @@ def read_wanted(recipe: Recipe, device: torch.device) -> Wanted:
     return Wanted(path, requests, embed_prompts(path, requests, recipe.text.weights, device))
 
 
-def draw_wanted(wanted: Wanted, model: nn.Module, folder: Path, rank: int, world: int) -> None:
+def draw_wanted(wanted: Wanted, model: nn.Module, folder: Path, rank: int, world: int, write: bool = True) -> None:
     """Draw this process's share of a validation file from a model in training, by the path that `mutoscope sample`
-    takes. There is no second copy of the model; the autoencoder is there only while it decodes."""
+    takes. There is no second copy of the model; the autoencoder is there only while it decodes.
+
+    rank, world: of copies of the model; write: False where another process writes what this one helps to draw."""
     from mutoscope.samplers.cogvideox import Drawer
     from mutoscope.validation import draw_requests
 
     assert isinstance(model, CogVideoXModel)
     drawer = Drawer(wanted.path, model.transformer, wanted.embeddings)
-    draw_requests(drawer, wanted.requests, folder, rank=rank, world=world)
+    draw_requests(drawer, wanted.requests, folder, rank=rank, world=world, write=write)

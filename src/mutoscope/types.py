@@ -11,8 +11,8 @@ own file. At rest a video is uint8 ``(T, H, W, C)``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from dataclasses import dataclass, field, fields, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -198,6 +198,49 @@ class Autoencoder(Protocol):
 
     def decode(self, latents: Tensor) -> Float[Tensor, "b c t h w"]:
         """Latents (b, c, t, h, w), not normalised, or tokens (b, t, h, w) -> pixels in [-1, 1]."""
+        ...
+
+
+@dataclass
+class TokenCache:
+    """What a token model keeps of the positions that it has seen, so that it need not see them again: keys and values,
+    or the state of a recurrence. Made empty by the caller; only the model knows what it puts there."""
+
+    length: int = 0
+    """Positions that it covers: always the first of the clip."""
+    window: int = 0
+    """The last positions, the one that is told included, that attention may look at: as many as in training
+    (`NextToken.window`); 0 for all. No concern of a recurrence."""
+    state: dict[str, Tensor] = field(default_factory=dict)
+    """The model's own tensors; the batch is their first axis."""
+
+    def detach(self) -> None:
+        """Cut the tensors off from the graph that made them, for truncated backpropagation through time."""
+        self.state = {name: tensor.detach() for name, tensor in self.state.items()}
+
+
+@runtime_checkable
+class TokenModel(Protocol):
+    """A module that knows, for each token of a clip, how likely its values are given the tokens before it.
+
+    Positions are counted in raster order, i = (t·H + h)·W + w, 0 first. Nothing is shifted outside of the model:
+    the logits of position i are about token i, and hang on tokens 0 … i − 1 alone, whatever the others hold.
+    """
+
+    def __call__(
+        self,
+        tokens: Int[Tensor, "b t h w"],
+        cond: Cond,
+        start: Int[Tensor, "b"] | None = None,
+        length: int | None = None,
+        cache: TokenCache | None = None,
+    ) -> Float[Tensor, "b n k"]:
+        """Logits of n = `length` positions, from `start` of each clip on; all positions where both are None.
+
+        Without a cache the model attends within these positions only, though each position may still look up single
+        tokens before them by their place (its neighbours). With a cache, whose length is `start` for all clips,
+        it attends to what the cache holds, too, and adds these positions to it.
+        """
         ...
 
 

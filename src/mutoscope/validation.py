@@ -1,7 +1,7 @@
 """Videos to draw while a model trains, as rows of a table: prompt, image, size, seed, ... in columns.
 
-The rows are divided over the processes, each of which draws its share by itself and waits for nobody: their number need
-not divide by that of the processes.
+The rows are divided over the copies of the model, each of which draws its share by itself and waits for nobody: their
+number need not divide by that of the copies.
 """
 
 from __future__ import annotations
@@ -74,19 +74,24 @@ def draw_requests(
     *,
     rank: int = 0,
     world: int = 1,
+    write: bool = True,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[Path]:
     """Draw the share of process `rank`, every `world`-th request, and write each to FOLDER/ROW-PROMPT.mp4 as soon as it
     is drawn, with ROW-PROMPT.json beside it, which says what was asked for. Returns the mp4 files.
 
+    write: False draws without writing, for processes that only help another to draw.
     on_step: called after each step of each video. Raises as `Drawer.draw` and `write_video`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for row in range(rank, len(requests), world):
         request = requests[row]
+        frames = drawer.draw(request, on_step)
+        if not write:
+            continue
         stem = f"{row:0{len(str(len(requests) - 1))}}-{_slug(request.prompt)}"
-        write_video(folder / f"{stem}.mp4", drawer.draw(request, on_step), request.fps)
+        write_video(folder / f"{stem}.mp4", frames, request.fps)
         with replacing(folder / f"{stem}.json") as aside:
             aside.write_text(json.dumps(settings(request), indent=2, ensure_ascii=False) + "\n")
         written.append(folder / f"{stem}.mp4")

@@ -18,6 +18,7 @@ import tyro
 
 from mutoscope.data_verbs import Check, FindCuts, MakeClips, MakeFlyingMNIST, Stats
 from mutoscope.errors import ConfigError
+from mutoscope.workers import worker_context
 
 if TYPE_CHECKING:
     from mutoscope.recipe import Recipe
@@ -56,11 +57,14 @@ class OnRecipe:
 
     def load(self, flags: Sequence[str]) -> Recipe:
         """The recipe with the fields that `flags` set, validated."""
+        from mutoscope import factory_flags
         from mutoscope.contradictions import validate
         from mutoscope.loading import load_recipe
         from mutoscope.overrides import override
         from mutoscope.recipe import Recipe
 
+        if foreign := [*factory_flags.told(flags)]:
+            raise ConfigError(*foreign)
         own, of_recipe = ([f"--{f.name}".replace("_", "-") for f in fields(cls)] for cls in (self, Recipe))
         for flag in flags:
             if (near := get_close_matches(flag, of_recipe + own, n=1)) and near[0] in own:
@@ -132,6 +136,8 @@ class Encode(OnRecipe):
     """Processes, each with an autoencoder of its own; 0 works in this one."""
 
     def run(self, flags: Sequence[str]) -> None:
+        if self.workers:
+            worker_context()  # they import torch while this process does
         from mutoscope.encode import encode
 
         recipe = self.load(flags)
@@ -257,6 +263,7 @@ class Sample:
     """Import the Python files in the run directory that its recipe names. They can do whatever you can."""
 
     def run(self) -> None:
+        from mutoscope.recipe import Sampler
         from mutoscope.sample import cogvideox_recipe, sample_cogvideox, sample_run
 
         folder = Path(self.source)
@@ -267,7 +274,8 @@ class Sample:
                 raise ConfigError("--label: CogVideoX has no classes; describe the video by --prompt")
             if self.known_frames is not None:
                 raise ConfigError("--known-frames: CogVideoX starts from one --image, or draws a --video anew")
-            steps = self.steps or (recipe.sampler.steps if recipe is not None and recipe.sampler else 50)
+            sampler = recipe.sampler if recipe is not None else None
+            steps = self.steps or (sampler.steps if isinstance(sampler, Sampler) else 50)
             with _progress("drawing", self.num * steps) as tick:
                 paths = sample_cogvideox(
                     self.source,

@@ -10,17 +10,25 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mutoscope.files import replacing
+from mutoscope.sharded import whole
 
 HASH = "mutoscope_xxh3_128"
 """The key of the file's metadata that holds the hash of its tensors."""
+
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+"""Of dtypes in safetensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,39 +53,54 @@ def hash_weights(weights: nn.Module | Mapping[str, Tensor]) -> str:
 
 
 def _update(digest: xxhash.xxh3_128, name: str, tensor: Tensor) -> None:
-    tensor = tensor.detach().cpu().contiguous()
     digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    digest.update(_bytes(tensor))
 
 
-def save_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Write a state dict as safetensors, with its hash; returns the hash."""
-    seen: set[int] = set()
-    unshared = {}
-    for name, tensor in state.items():  # the format refuses tensors that share memory, as tied weights do
-        tensor = tensor.detach().cpu().contiguous()
-        pointer = tensor.untyped_storage().data_ptr()
-        unshared[name] = tensor.clone() if pointer in seen else tensor
-        seen.add(pointer)
-    digest = hash_weights(unshared)
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def save_weights(
+    path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, write: bool = True
+) -> str:
+    """Write a state dict as safetensors, with its hash; returns the hash.
+
+    One tensor at a time leaves its device: there is no second copy of the model. Where processes hold tensors in parts,
+    all of them call this together, and one with `write`; the others only give their parts, and return "".
+    """
+    names = sorted(state, key=lambda name: (-state[name].element_size(), name))  # the format's order: all are aligned
+    if not write:
+        for name in names:
+            whole(state[name])
+        return ""
+    about = {"format": "pt", **(metadata or {}), HASH: "0" * 32}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(about.items()))}
+    end = 0
+    for name in names:
+        tensor = state[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as aside:
-        save_file(unshared, aside, metadata={"format": "pt", **(metadata or {}), HASH: digest})
-        _sort_metadata(aside)
-    return digest
+        with open(aside, "wb") as file:
+            _write_header(file, header)
+            for name in names:
+                file.write(_bytes(whole(state[name])))
+        digest = xxhash.xxh3_128()
+        with safe_open(aside, framework="pt") as written:
+            for name in sorted(names):
+                _update(digest, name, written.get_tensor(name))
+        header["__metadata__"][HASH] = digest.hexdigest()
+        with open(aside, "r+b") as file:
+            _write_header(file, header)
+    return digest.hexdigest()
 
 
-def _sort_metadata(path: Path) -> None:
-    """safetensors writes its metadata in random order; the same weights should be the same file."""
-    with open(path, "r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-        if len(ordered) > size:
-            raise ValueError(f"{path}: cannot put the metadata in order without moving the tensors")
-        file.seek(8)
-        file.write(ordered)
+def _write_header(file: BinaryIO, header: dict[str, Any]) -> None:
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -6,7 +6,34 @@ import multiprocessing
 import os
 import signal
 import threading
-from multiprocessing import connection
+from multiprocessing import connection, forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext, SpawnContext
+
+PRELOADED = ["mutoscope.data.loader", "mutoscope.encode"]
+"""What the server imports, and torch and PyAV with it."""
+
+
+def worker_context() -> ForkServerContext | SpawnContext:
+    """How worker processes are started: forked from a server, which is started here where it is not running yet, that
+    has imported what they need and done nothing else.
+
+    A fork of this process would copy locks of torch's and CUDA's threads; a worker that is spawned imports torch anew,
+    for one to two seconds. The server imports beside whatever this process does meanwhile: call this as soon as it is
+    known that there will be workers. It keeps the environment that it was started in, and ends with this process.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    # Ctrl-C reaches all processes: none may print a traceback while it still imports. The tracker is started by hand,
+    # for it would unblock the signal.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
 
 
 def follow_parent() -> None:

@@ -284,9 +284,7 @@ def test_presets_are_sizes_by_name() -> None:
 def test_a_preset_is_named_on_the_command_line() -> None:
     recipe = override(load_recipe("minisora.dit"), ["--model.preset", "Latte-B/4"])
     assert isinstance(recipe.model, DiT) and recipe.model.sized.width == 768 and recipe.model.sized.patch == (1, 4, 4)
-    with pytest.raises(
-        ConfigError, match=r"recipe\.model\.preset: expected one of 'Latte-T/2'.*did you mean Latte-B/"
-    ):
+    with pytest.raises(ConfigError, match=r"recipe\.model\.preset: expected one of 'Latte-T/2'.*did you mean Latte-B/"):
         override(load_recipe("minisora.dit"), ["--model.preset", "Latte-B/3"])
 
 

@@ -54,7 +54,7 @@ def attention(layer: Attention, x: Tensor, context: Tensor | None = None, angles
     split = lambda y: y.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
     q = split(layer.query(x))
     k, v = (split(y) for y in layer.key_value(x if context is None else context).chunk(2, -1))
-    if layer.qk_norm:
+    if layer.query_scale is not None and layer.key_scale is not None:
         q = F.layer_norm(q, q.shape[-1:], layer.query_scale, eps=1e-6)
         k = F.layer_norm(k, k.shape[-1:], layer.key_scale, eps=1e-6)
     if angles is not None:

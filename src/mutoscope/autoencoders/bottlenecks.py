@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mutoscope.randomness import seed_of
+from mutoscope.sharded import fill, whole
 
 _GROUP = 128  # keys in one group of `nearest`
 _SPLIT_NOISE = 0.01  # how far a restarted code starts from its parent, in standard deviations of the codebook
@@ -139,8 +140,9 @@ class VectorQuantizer(nn.Module):
         those that it chose, drawn in proportion to how often it did."""
         unused = self.counts == 0
         if reinit and unused.any() and not unused.all():
-            _, vectors = _split(self.weight, self.counts.double(), unused, seed_of("reinit unused codes", epoch))
-            self.weight[unused] = vectors
+            weight = whole(self.weight).clone()
+            _, weight[unused] = _split(weight, self.counts.double(), unused, seed_of("reinit unused codes", epoch))
+            fill(self.weight, weight)
         self.counts.zero_()
 
 

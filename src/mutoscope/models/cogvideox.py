@@ -61,10 +61,16 @@ class CogVideoX(ModelConfig):
 
     def complete(self, recipe: Recipe) -> Recipe:
         """Text encoder and autoencoder of the same checkpoint where the recipe leaves their paths empty; always the
-        checkpoint's own noise schedule (that of another is a silent error) and, for image to video, the first frame."""
+        checkpoint's own noise schedule (that of another is a silent error) and, for image to video, the first frame.
+
+        Raises ValueError for sizes that the model does not take, before any clip is looked at.
+        """
         from mutoscope.objectives.diffusion import Diffusion
         from mutoscope.text.t5 import T5
 
+        config = part_config(self.path, "transformer")
+        for bucket in recipe.data.shapes(recipe.batch_size):
+            check_shape(config, bucket.frames, bucket.height, bucket.width)
         if isinstance(recipe.objective, Diffusion):
             recipe = replace(recipe, objective=replace(recipe.objective, **scheduler_fields(self.path)))
         if isinstance(recipe.text, T5) and not recipe.text.path:

@@ -193,7 +193,7 @@ class DiTBlock(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attention = Attention(width, config.heads, qk_norm=config.qk_norm)
-        self.cross = Attention(width, config.heads, text_dim, config.qk_norm) if text_dim else None
+        self.cross = Attention(width, config.heads, text_dim, qk_norm=config.qk_norm) if text_dim else None
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = MLP(width, int(config.mlp_ratio * width))
 

@@ -12,22 +12,25 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+Rotary = tuple[Float[Tensor, "places e2"], Float[Tensor, "places e2"]]
+"""Cosines and sines of positions (see `rotate`)."""
+
 
 class Attention(nn.Module):
     """Multi-head attention, of a sequence to itself or to a context (cross-attention).
 
-    With `qk_norm`, queries and keys are normalised per head, with a scale and no bias (arXiv:2302.05442 §2), which
-    keeps bf16 training stable at high learning rates. (By LayerNorm: torch has no fused RMSNorm on CPUs.)
+    Queries and keys are normalised per head, with a scale and no bias ("QK-norm", arXiv:2302.05442 §2), which keeps
+    bf16 training stable at high learning rates. (By LayerNorm: torch has no fused RMSNorm on CPUs.) Without it
+    (`qk_norm`), the weights of older models fit in.
     """
 
-    def __init__(self, width: int, heads: int, context_width: int | None = None, qk_norm: bool = True) -> None:
+    def __init__(self, width: int, heads: int, context_width: int | None = None, *, qk_norm: bool = True) -> None:
         super().__init__()
-        self.heads, self.qk_norm = heads, qk_norm
+        self.heads = heads
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(context_width or width, 2 * width)
-        if qk_norm:
-            self.query_scale = nn.Parameter(torch.ones(width // heads))
-            self.key_scale = nn.Parameter(torch.ones(width // heads))
+        self.query_scale = nn.Parameter(torch.ones(width // heads)) if qk_norm else None
+        self.key_scale = nn.Parameter(torch.ones(width // heads)) if qk_norm else None
         self.out = nn.Linear(width, width)
 
     def forward(
@@ -35,39 +38,62 @@ class Attention(nn.Module):
         x: Float[Tensor, "b n d"],
         context: Float[Tensor, "b m e"] | None = None,
         mask: Bool[Tensor, "b m"] | None = None,
-        rotary: tuple[Float[Tensor, "n e2"], Float[Tensor, "n e2"]] | None = None,
+        *,
+        causal: bool = False,
+        rotary: Rotary | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """`mask` is True on the context tokens that may be seen; a row of all False yields zeros. `rotary` turns
-        queries and keys (see `rotate`)."""
-        split = lambda y: y.unflatten(-1, (self.heads, -1))  # (b, n, d) -> (b, n, heads, head_dim)
-        norm = lambda y, scale: F.layer_norm(y, scale.shape, scale.to(y.dtype), eps=1e-6)
-        k, v = (split(y) for y in self.key_value(x if context is None else context).chunk(2, dim=-1))
-        q = split(self.query(x))
-        if self.qk_norm:
-            q, k = norm(q, self.query_scale), norm(k, self.key_scale)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        """`mask` is True on the context tokens that may be seen; a row of all False yields zeros. causal: positions
+        see themselves and those before them. `rotary` turns queries and keys (see `rotate`)."""
+        k, v = self.keys_values(x if context is None else context, rotary)
+        return self.attend(x, k, v, None if mask is None else mask[:, None], causal=causal, rotary=rotary)
+
+    def keys_values(
+        self, context: Float[Tensor, "b m e"], rotary: Rotary | None = None
+    ) -> tuple[Float[Tensor, "b heads m head_dim"], Float[Tensor, "b heads m head_dim"]]:
+        """What `attend` takes of a context: made once where it is attended to again and again."""
+        k, v = (y.unflatten(-1, (self.heads, -1)) for y in self.key_value(context).chunk(2, dim=-1))
+        k, v = _normalised(k, self.key_scale).transpose(1, 2), v.transpose(1, 2)
+        return k if rotary is None else rotate(k, *rotary), v
+
+    def attend(
+        self,
+        x: Float[Tensor, "b n d"],
+        k: Float[Tensor, "b heads m head_dim"],
+        v: Float[Tensor, "b heads m head_dim"],
+        mask: Bool[Tensor, "#b #n m"] | None = None,
+        *,
+        causal: bool = False,
+        rotary: Rotary | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """`mask` is True where a position may look; a row of all False yields zeros."""
+        q = _normalised(self.query(x).unflatten(-1, (self.heads, -1)), self.query_scale).transpose(1, 2)
+        q = q if rotary is None else rotate(q, *rotary)
         join = lambda y: self.out(y.transpose(1, 2).flatten(2))
         if mask is None:
-            return join(scaled_dot_product_attention(q, k, v))
+            return join(scaled_dot_product_attention(q, k, v, causal=causal))
         # A softmax over nothing is NaN on some devices: rows without context see all of it, and are zeroed after.
-        some = mask.any(dim=-1)
-        y = join(scaled_dot_product_attention(q, k, v, (mask | ~some[:, None])[:, None, None]))
-        return y * some[:, None, None].to(y.dtype)
+        some = mask.any(dim=-1, keepdim=True)
+        return join(scaled_dot_product_attention(q, k, v, (mask | ~some)[:, None])) * some.to(x.dtype)
+
+
+def _normalised(y: Float[Tensor, "b n heads d"], scale: Float[Tensor, "d"] | None) -> Float[Tensor, "b n heads d"]:
+    return y if scale is None else F.layer_norm(y, scale.shape, scale.to(y.dtype), eps=1e-6)
 
 
 def scaled_dot_product_attention(
     q: Float[Tensor, "b heads n d"],
     k: Float[Tensor, "b heads m d"],
     v: Float[Tensor, "b heads m d"],
-    mask: Bool[Tensor, "b #heads #n m"] | None = None,
+    mask: Bool[Tensor, "#b #heads #n m"] | None = None,
+    *,
+    causal: bool = False,
 ) -> Float[Tensor, "b heads n d"]:
     """torch's, but on CPUs in fp32 for bf16, whose backward pass takes three times as long there."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            q32, k32, v32 = q.float(), k.float(), v.float()
+            return F.scaled_dot_product_attention(q32, k32, v32, attn_mask=mask, is_causal=causal).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
 class MLP(nn.Module):

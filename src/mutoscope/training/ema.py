@@ -8,12 +8,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from mutoscope.sharded import local
+
 
 class EMA:
     """avg ← d·avg + (1 − d)·weights after each optimizer step, in fp32.
 
     d warms up as (1 + n)/(10 + n), so that an average of few steps is not an average of the initial weights
     (as TensorFlow's ExponentialMovingAverage does with num_updates). Buffers and frozen weights are taken as they are.
+    Of sharded weights each process averages its own part.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -24,8 +27,8 @@ class EMA:
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after optimizer step `step`, counted from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        params = [p.detach().float() for p in trained(model).values()]
-        torch._foreach_lerp_(list(self.averages.values()), params, 1 - decay)
+        params = [local(p.detach()).float() for p in trained(model).values()]
+        torch._foreach_lerp_([local(average) for average in self.averages.values()], params, 1 - decay)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -47,4 +50,4 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _copy(values: dict[str, Tensor], model: nn.Module) -> None:
     for name, p in trained(model).items():
-        p.copy_(values[name])
+        local(p.detach()).copy_(local(values[name]))

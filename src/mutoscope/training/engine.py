@@ -1,4 +1,8 @@
-"""The only file that knows about processes: one process, or a replica of the model on each (DDP).
+"""The only file that knows about processes, with `deepspeed.py` beside it.
+
+    ddp      a replica of the model on every process, gradients averaged in the backward pass
+    fsdp2    weights, gradients and optimizer state in parts, one for each process (or for each of a group of processes:
+             HSDP); a block's weights are gathered while it computes
 
 Started by torchrun, a recipe with ``strategy = "none"`` becomes DDP: processes that train unsynchronised replicas
 beside each other are never what is meant. gloo serves CPUs, nccl GPUs.
@@ -8,16 +12,31 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 import xxhash
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from mutoscope.recipe import Parallel
+from mutoscope.sharded import is_sharded, local
+from mutoscope.training.quantize import QuantizedLinear
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,34 +46,75 @@ class Engine:
     rank: int
     world: int
     device: torch.device
+    parallel: Parallel = Parallel()
+    mesh: DeviceMesh | None = None
+    """Of fsdp2: (copies, parts of a copy)."""
 
     @staticmethod
     def start(parallel: Parallel) -> Engine:
         """Join the other processes, where there are any.
 
-        Raises ValueError where the recipe asks for several processes and there is no launcher.
+        Raises ValueError where the recipe asks for several processes and there is no launcher, for a mesh that they do
+        not make, and for offloading where there is no GPU.
         """
         world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-        if parallel.strategy == "ddp" and "WORLD_SIZE" not in os.environ:
+        if parallel.strategy != "none" and "WORLD_SIZE" not in os.environ:
             raise ValueError(
-                'parallel.strategy = "ddp" needs a launcher: '
+                f'parallel.strategy = "{parallel.strategy}" needs a launcher: '
                 "torchrun --nproc-per-node N -m mutoscope train ... (or parallel.strategy = none)"
             )
         cuda = torch.cuda.is_available()
+        if parallel.offload != "none" and not cuda:
+            raise ValueError(f'parallel.offload = "{parallel.offload}": moves memory from GPUs to the CPU, and there is '
+                             'no GPU here; set it to "none"')  # fmt: skip
+        shape = _mesh_shape(parallel, world) if parallel.strategy == "fsdp2" else None
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
-        if world > 1 or parallel.strategy == "ddp":
-            dist.init_process_group("nccl" if cuda else "gloo")
-        return Engine(rank=rank, world=world, device=device)
+        if world > 1 or parallel.strategy != "none":
+            # gloo beside nccl: checkpoints, and gradients that were offloaded, are on the CPU
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout))
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")) if shape else None
+        return Engine(rank=rank, world=world, device=device, parallel=parallel, mesh=mesh)
 
     @property
     def main(self) -> bool:
         """Whether this process writes the logs."""
         return self.rank == 0
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model whose backward pass averages gradients over the processes."""
+    @property
+    def sharded(self) -> bool:
+        """Whether processes hold a model in parts, so that all of them must call it together."""
+        return self.mesh is not None
+
+    @property
+    def replica(self) -> int:
+        """The copy of the model that this process has, or has a part of."""
+        return self.rank if self.mesh is None else self.mesh.get_local_rank("replicate")
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the model."""
+        return self.world if self.mesh is None else self.mesh.size(0)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes for its copy of the model."""
+        return self.mesh is None or self.mesh.get_local_rank("shard") == 0
+
+    # ---- the model
+
+    def wrap(self, model: nn.Module, precision: str = "fp32") -> nn.Module:
+        """The model to train, whose backward pass averages gradients over the processes. fsdp2 divides the model
+        itself, whose parameters are others afterwards: optimizers come later.
+
+        Raises RuntimeError as `check_in_sync`.
+        """
+        self.check_in_sync(model)
+        if self.mesh is not None:
+            _shard(model, self.mesh, self.parallel, precision, self.device)
+            return model
         if not dist.is_initialized():
             return model
         return DistributedDataParallel(
@@ -67,7 +127,40 @@ class Engine:
         """Around the forward and backward pass of a micro-step: gradients are exchanged in the last one only."""
         if isinstance(model, DistributedDataParallel) and not last:
             return model.no_sync()
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
         return contextlib.nullcontext()
+
+    def at_hand(self, model: nn.Module, do: Callable[[], T]) -> T:
+        """Call `do` so that it may use parts of the model by themselves, and not only ``model(...)``. Processes that
+        hold a model together call this together, and must do the same."""
+        if not isinstance(model, FSDPModule):
+            return do()
+        done: T = model._within(do)
+        return done
+
+    def settle(self, model: nn.Module) -> None:
+        """After calls without a backward pass: let go of gathered weights, which would not follow the model's."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def in_step(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+        """The items, each with True. Where processes hold a model together all of them get as many: those that have
+        fewer get their last one again, with False."""
+        if not self.sharded:
+            yield from ((item, True) for item in items)
+            return
+        item, rest = None, iter(items)
+        while True:
+            new = next(rest, None)
+            if not self.any(new is not None):
+                return
+            if (item := new if new is not None else item) is None:
+                raise ValueError(f"process {self.rank} has nothing to take part with")
+            yield item, new is not None
+
+    # ---- other processes
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over processes, the same tensor where there is one process."""
@@ -107,7 +200,7 @@ class Engine:
             self.barrier()
 
     def check_in_sync(self, model: nn.Module) -> None:
-        """Raise RuntimeError unless all processes hold the same weights.
+        """Raise RuntimeError unless all processes hold the same weights, or the same parts of them.
 
         A mis-configured launcher otherwise trains unsynchronised replicas without a word.
         """
@@ -115,19 +208,61 @@ class Engine:
             return
         digest = xxhash.xxh3_64()
         frozen = {name for name, p in model.named_parameters() if not p.requires_grad}  # read from the same files
-        for name, value in sorted(model.state_dict().items(), key=lambda item: item[0]):
-            if name in frozen:
-                continue
+        state = {name: value for name, value in model.state_dict().items() if name not in frozen}
+        for name, value in sorted(state.items(), key=lambda item: item[0]):
             digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(local(value.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy())
         mine = torch.tensor([digest.intdigest() >> 1], dtype=torch.int64, device=self.device)
         all_ranks = [torch.zeros_like(mine) for _ in range(self.world)]
         dist.all_gather(all_ranks, mine)
-        different = [rank for rank, other in enumerate(all_ranks) if not torch.equal(other, all_ranks[0])]
+        parts = self.mesh.size(1) if self.mesh is not None and is_sharded(state) else 1
+        different = [rank for rank, other in enumerate(all_ranks) if not torch.equal(other, all_ranks[rank % parts])]
         if different:
             raise RuntimeError(f"processes {different} hold other weights than process 0; the run would not be one run")
+
+    def check_apart(self, samples: Sequence[int]) -> None:
+        """Raise RuntimeError where two processes train on the same samples, and so with the same noise."""
+        everyone = self.gather([str(sample) for sample in samples])
+        if twice := {sample for sample in everyone if everyone.count(sample) > 1}:
+            raise RuntimeError(f"samples {', '.join(sorted(twice)[:5])} are trained on by two processes at once")
 
     def stop(self) -> None:
         """Leave the other processes."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _mesh_shape(parallel: Parallel, world: int) -> tuple[int, int]:
+    """(copies, parts of a copy). Raises ValueError where these do not make up all processes."""
+    shard, replicate = parallel.shard, parallel.replicate
+    shard = shard or world // (replicate or 1)
+    replicate = replicate or world // shard
+    if shard * replicate != world:
+        raise ValueError(f"parallel.replicate = {parallel.replicate} and parallel.shard = {parallel.shard} (0: what the "
+                         f"other leaves) do not make up {world} processes; their product must")  # fmt: skip
+    return replicate, shard
+
+
+def _shard(model: nn.Module, mesh: DeviceMesh, parallel: Parallel, precision: str, device: torch.device) -> None:
+    """Divide each block's parameters over the processes of a copy, and the others together. They go to the device one
+    block at a time, so that there is never room needed for the whole model."""
+    # Inputs stay fp32: times up to 1000 do not survive bf16
+    mixed = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if precision == "bf16" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    offload = CPUOffloadPolicy() if parallel.offload == "all" else OffloadPolicy()
+    # Scales of quantised weights are small, and would lose bits to `param_dtype`
+    scales = {module.scale for module in model.modules() if isinstance(module, QuantizedLinear)}
+    for scale in scales:
+        scale.data = scale.data.to(device)
+    mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
+    for block in getattr(model, "blocks", ()):
+        fully_shard(block, mesh=mesh, reshard_after_forward=parallel.reshard, mp_policy=mixed, offload_policy=offload,
+                    ignored_params=scales)  # fmt: skip
+    # torch keeps the root's from forward to backward pass unless it is told not to: they are needed again at once
+    fully_shard(model, mesh=mesh, reshard_after_forward=None if parallel.reshard else False, mp_policy=mixed,
+                offload_policy=offload, ignored_params=scales)  # fmt: skip
+    model._within = lambda do: do()  # type: ignore[assignment]
+    register_fsdp_forward_method(model, "_within")

@@ -7,16 +7,16 @@ nothing, skips nothing, and ends in the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch import Tensor
 
 from mutoscope.build import build_encoder, build_trainee
 from mutoscope.contradictions import validate
@@ -31,22 +31,17 @@ from mutoscope.recipe import Recipe
 from mutoscope.report import write_report
 from mutoscope.run import Run
 from mutoscope.sample import Generator, Wanted, draw_wanted, inference, preview, read_wanted
-from mutoscope.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from mutoscope.training.ema import EMA
+from mutoscope.training.checkpoint import newest_checkpoint, save_checkpoint
 from mutoscope.training.engine import Engine
 from mutoscope.training.log import Log
 from mutoscope.training.offload import check_offload, place
-from mutoscope.training.optimizers import (
-    build_optimizers,
-    cast_trained,
-    clip_gradients,
-    gradient_norms,
-    set_learning_rates,
-)
+from mutoscope.training.optimizers import cast_trained
 from mutoscope.training.quantize import check_quantization, quantize_frozen
 from mutoscope.training.quarantine import Quarantine
 from mutoscope.training.signals import StopFlag, Stopped, stopping_softly
+from mutoscope.training.state import TrainState, build_state
 from mutoscope.types import Loss
+from mutoscope.workers import worker_context
 
 VALIDATION_CLIPS = 64
 """Clips of the val split, the first by id, that the validation loss is taken over."""
@@ -89,9 +84,8 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
     cast_trained(model, recipe.weights)
     if recipe.quantize != "none":
         quantize_frozen(model, recipe.quantize, engine.device)
-    place(model, recipe, engine.device)
-    optimizers = build_optimizers(model, recipe.optim, recipe.seed)
-    state = TrainState(model, optimizers, EMA(model, recipe.ema) if recipe.ema else None)
+    place(model, recipe, engine.device, move=not engine.sharded)
+    state = build_state(model, recipe, engine)
     plan = Plan(pools=sources["train"].pools(recipe), seed=recipe.seed, accumulate=recipe.accumulate,
                 rank=engine.rank, world=engine.world)  # fmt: skip
     newest = newest_checkpoint(run.checkpoints, engine, log.say)
@@ -103,7 +97,6 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
         state.consumed = tuple(numbers.get(f"consumed {pool.name}", 0) for pool in plan.pools)
     state.consumed = state.consumed or (0,) * len(plan.pools)
     engine.check_in_sync(model)
-    trainee = engine.wrap(model)
     clips = sources["train"].loader(plan.batches(state.consumed), recipe.data.workers)
     generator = Generator(recipe, model, encoder)
 
@@ -114,39 +107,30 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
         _preview(recipe, run, engine, state, generator, sources["val"], wanted, due=True)
 
     # 3. Train
-    bad_steps, first_step = 0, state.step
+    bad_steps = 0
     while state.step < recipe.steps:
-        lr = set_learning_rates(state.optimizers, recipe.optim, state.step, recipe.steps)
         micro = [next(clips) for _ in range(recipe.accumulate)]
         quarantine.add([b for raw in micro if isinstance(raw, Clips) for b in raw.broken], state.step + 1)
-        losses = _forward_backward(recipe, engine, state, trainee, encoder, micro)
-        norms = gradient_norms(state.optimizers)
-        if state.step == first_step:
-            _check_reached(model, norms)
-        norm = clip_gradients(state.optimizers, norms, recipe.optim.max_grad_norm)
-        finite = bool(norm.isfinite())  # the same on all processes: the norm is of the averaged gradients
-        if finite:
-            for optimizer in state.optimizers:
-                optimizer.step()
-        else:
+        losses = _forward_backward(recipe, engine, state, encoder, micro)
+        lr, norm = state.take_step(recipe.optim, recipe.steps)
+        finite = math.isfinite(norm)  # the same on all processes: the norm is of the averaged gradients
+        if not finite:
             suspects = _suspects(losses, engine)
-            log.say(f"step {state.step + 1}: the loss or its gradient is not finite; skipped. {suspects}")
+            log.say(f"step {state.step}: the loss or its gradient is not finite; skipped. {suspects}")
         recipe.objective.after_step(model, engine.sum, skipped=not finite)
-        for optimizer in state.optimizers:
-            optimizer.zero_grad(set_to_none=True)
         bad_steps = 0 if finite else bad_steps + 1
         before, state.consumed = sum(state.consumed), plan.after(state.consumed)
-        state.step, samples = state.step + 1, sum(state.consumed)
+        samples = sum(state.consumed)
         if samples // plan.epoch > before // plan.epoch:
             log.scalars(state.step, recipe.objective.after_epoch(model, before // plan.epoch, engine.sum))
-        if state.ema is not None and finite:
-            state.ema.update(model, state.step)
+        if finite:
+            state.average()
 
         # 4. Log, validate, show, save, each on its schedule
         last = state.step == recipe.steps
         stopping = engine.any(stop.signal_number != 0) or bad_steps >= recipe.optim.max_bad_steps
         if state.step % recipe.log_every == 0 or last:
-            values = _mean_over_processes(losses, engine) | {"lr": lr, "grad_norm": float(norm)}
+            values = _mean_over_processes(losses, engine) | {"lr": lr, "grad_norm": norm}
             log.train(state.step, values | {"skipped": float(not finite)}, samples)
         _validate(recipe, engine, state, sources["val"], encoder, log, due=last)
         _preview(recipe, run, engine, state, generator, sources["val"], wanted, due=last)
@@ -161,9 +145,9 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
             raise Stopped(stop.signal_number, f"stopped at step {state.step}; the same command goes on from there")
 
     # 5. What the run is for
+    with state.averaged():
+        save_trained(model, recipe, run, write=engine.main)
     if engine.main:
-        with state.averaged():
-            save_trained(model, recipe, run.weights)
         write_report(run.folder / "report.html", run.folder.name, {"Training": run})
         log.say(f"weights: {run.weights}; report: {run.folder / 'report.html'}")
     engine.barrier()
@@ -172,6 +156,8 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
 def _open_sources(recipe: Recipe, encoder: Encoder, engine: Engine, log: Log) -> dict[Split, Source]:
     """The clips to train and to validate on; what became of them goes to the log."""
     listing = None
+    if recipe.data.workers:
+        worker_context()  # which takes as long as the look at the clips
     if recipe.data.latents is None:
         with engine.main_first():  # process 0 looks at the files, the others at what it remembered of them
             listing = list_and_look(recipe.data, partial(log.ticker, "looking at clips"))
@@ -182,71 +168,26 @@ def _open_sources(recipe: Recipe, encoder: Encoder, engine: Engine, log: Log) ->
     return sources
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: everything, or of a model with frozen weights what is not frozen."""
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    if not frozen:
-        return model.state_dict()
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
-
-
-@dataclass
-class TrainState:
-    """All that a run changes; everything else is a function of the recipe."""
-
-    model: nn.Module
-    optimizers: list[torch.optim.Optimizer]
-    ema: EMA | None
-    step: int = 0
-    consumed: tuple[int, ...] = ()
-    """Training samples that all processes have taken, from each of the plan's pools."""
-
-    def tensors(self) -> dict[str, Any]:
-        """The tensors of a checkpoint, as a tree; filling them in place does not set the optimizers'."""
-        optimizer = get_optimizer_state_dict(self.model, self.optimizers)
-        tree = {"model": _weights(self.model), "optimizer": optimizer["state"]}
-        return tree | ({"ema": self.ema.averages} if self.ema is not None else {})
-
-    def load(self, path: Path) -> dict[str, int]:
-        """Become what a checkpoint's tensors hold. Returns its numbers."""
-        optimizer = get_optimizer_state_dict(self.model, self.optimizers)
-        numbers = load_checkpoint(path, self.tensors() | {"optimizer": optimizer["state"]})
-        set_optimizer_state_dict(self.model, self.optimizers, optimizer)
-        self.step = numbers["step"]
-        return numbers
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """The model carries the averaged weights inside the block, where there are any."""
-        return self.ema.applied(self.model) if self.ema is not None else nullcontext()
-
-
 def _forward_backward(
-    recipe: Recipe, engine: Engine, state: TrainState, trainee: nn.Module, encoder: Encoder, clips: Sequence[Any]
+    recipe: Recipe, engine: Engine, state: TrainState, encoder: Encoder, clips: Sequence[Any]
 ) -> list[tuple[list[str], Loss]]:
     """The micro-steps of one optimizer step.
 
     Every micro-batch weighs alike and all have the same size, so the gradient is that of the mean over all samples.
     """
-    trainee.train()
+    state.trainee.train()
     # Dropout, where a model has it, is the one thing that draws from the global generator
     torch.manual_seed(seed_of(recipe.seed, "dropout", state.step, engine.rank))
     done = []
     for micro, raw in enumerate(clips):
         draw = Draw(recipe.seed, "train", raw.samples, engine.device)
         batch = encoder.batch(raw, draw)
-        with engine.accumulating(trainee, last=micro == recipe.accumulate - 1):
+        with state.micro_step(last=micro == recipe.accumulate - 1):
             with torch.autocast(engine.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-                loss = recipe.objective.loss(trainee, batch, draw)
-            (loss.total / recipe.accumulate).backward()
+                loss = recipe.objective.loss(state.trainee, batch, draw)
+            state.backward(loss.total / recipe.accumulate)
         done.append((batch.ids, replace(loss, total=loss.total.detach())))  # lets go of the batch and of the graph
     return done
-
-
-def _check_reached(model: nn.Module, reached: Container[nn.Parameter]) -> None:
-    """Raise ValueError for parameters without a gradient: they would never train, and nothing would tell."""
-    idle = [name for name, p in model.named_parameters() if p.requires_grad and p not in reached]
-    if idle:
-        raise ValueError(f"no gradient reaches these parameters; use them, or freeze them: {', '.join(idle[:10])}")
 
 
 def _mean_over_processes(losses: list[tuple[list[str], Loss]], engine: Engine) -> dict[str, float]:
@@ -276,14 +217,15 @@ def _validate(
     count = torch.zeros((), device=engine.device)
     state.model.eval()
     with torch.no_grad(), state.averaged():
-        for raw in source.loader(iterate_once(source.groups[:size], recipe.batch_size, engine.rank, engine.world)):
+        share = iterate_once(source.groups[:size], recipe.batch_size, engine.rank, engine.world)
+        for raw, counts in engine.in_step(source.loader(share)):
             draw = Draw(recipe.seed, "validate", raw.samples, engine.device)
             batch = encoder.batch(raw, None)
             with torch.autocast(engine.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
                 loss = recipe.objective.validation_loss(state.model, batch, draw)
             for key, value in ({"loss": loss.total} | loss.parts).items():
-                totals[key] = totals.get(key, 0) + value.float() * len(batch.ids)
-            count += len(batch.ids)
+                totals[key] = totals.get(key, 0) + value.float() * len(batch.ids) * counts
+            count += len(batch.ids) * counts
     means = torch.stack(list(totals.values()))
     means = engine.sum(means) / engine.sum(count)
     log.scalars(state.step, {f"val_{k}": v for k, v in zip(totals, means.tolist(), strict=True)})
@@ -300,22 +242,25 @@ def _preview(
     wanted: Wanted | None,
     due: bool,
 ) -> None:
-    """Write what the averaged weights draw: the rows of the validation file, divided over the processes; or, without
-    one, the conditions of the first val clips, below those clips themselves."""
+    """Write what the averaged weights draw: the rows of the validation file, divided over the copies of the model; or,
+    without one, the conditions of the first val clips, by the first copy, below those clips themselves."""
     every = recipe.sample_every
     if not every or not (due or state.step % every == 0):
         return
     if wanted is not None:
+        folder, share = run.samples / f"{state.step:08d}", (engine.replica, engine.replicas, engine.leads)
         with state.averaged(), inference(recipe, state.model):
-            draw_wanted(wanted, state.model, run.samples / f"{state.step:08d}", engine.rank, engine.world)
+            engine.at_hand(state.model, partial(draw_wanted, wanted, state.model, folder, *share))
         return engine.barrier()
-    if engine.main:
+    if engine.replica == 0:
         group = source.groups[0]  # samples are drawn at one shape; clips beside them are of one bucket
         shown = [i for i, g in enumerate(source.groups) if g == group][: recipe.num_samples]
         raw = next(iter(source.loader([[(i, i) for i in shown]])))
         with state.averaged():
             batch = generator.encoder.batch(raw, None)
-            videos = preview(generator, batch, Draw(recipe.seed, "preview", shown, engine.device))
-        real = like(source.videos(shown), videos)
-        write_grid(run.samples / f"{state.step:08d}", [list(real), list(videos)], recipe.data.fps or 8)
+            draw = Draw(recipe.seed, "preview", shown, engine.device)
+            videos = engine.at_hand(state.model, partial(preview, generator, batch, draw))
+        if engine.main:
+            real = like(source.videos(shown), videos)
+            write_grid(run.samples / f"{state.step:08d}", [list(real), list(videos)], recipe.data.fps or 8)
     engine.barrier()

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mutoscope.adapters import DOWN, MAGNITUDE, UP, Adapter, linear_layers, read_adapter
-from mutoscope.checkpoints import INSTALL
 from mutoscope.errors import listed
+from mutoscope.hub import INSTALL
 from mutoscope.randomness import seed_of
 from mutoscope.recipe import Lora
 

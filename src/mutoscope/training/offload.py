@@ -44,9 +44,9 @@ def check_offload(recipe: Recipe, device: torch.device) -> None:
                              f"{device.type} itself; leave it out here")  # fmt: skip
 
 
-def place(model: nn.Module, recipe: Recipe, device: torch.device) -> None:
+def place(model: nn.Module, recipe: Recipe, device: torch.device, move: bool = True) -> None:
     """Move a model to the device, its blocks compiled, recomputed and offloaded as the recipe asks. Parameters keep
-    their names, and those that are trained their identity.
+    their names, and those that are trained their identity. move: False where the engine moves it, a block at a time.
 
     Raises ValueError as `check_offload`; where there are no blocks to do that to; and as `BlockOffload`.
     """
@@ -58,10 +58,10 @@ def place(model: nn.Module, recipe: Recipe, device: torch.device) -> None:
     copies = Copies(device)
     parking = Parking(copies)
     weights = BlockOffload(model, blocks, recipe.offload_blocks, copies) if recipe.offload_blocks else None
-    if weights is None:
-        model.to(device)
-    else:
+    if weights is not None:
         weights.move(model, device)
+    elif move:
+        model.to(device)
     if recipe.compile:
         # One compilation for each shape, and another without gradients: more are a mistake, and stop the run
         torch._dynamo.config.recompile_limit = max(8, 2 * len(recipe.data.shapes(1)) + 2)

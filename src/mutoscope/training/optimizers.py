@@ -12,9 +12,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mutoscope.recipe import Optim
+from mutoscope.sharded import is_sharded, local, sum_over_parts
 from mutoscope.training.per_parameter import PerParameter
 from mutoscope.training.update_rules import Rule, adamw, came, prodigy
 from mutoscope.types import DTYPES
+
+SHARDED = ("adamw", "muon")
+"""Optimizers of weights that are held in parts. The others' state is of blocks, rows and columns, or sums of whole
+weights, and would be another for each number of processes."""
 
 
 def cast_trained(model: nn.Module, weights: str) -> None:
@@ -30,8 +35,8 @@ def build_optimizers(model: nn.Module, optim: Optim, seed: int = 0) -> list[torc
     Weight decay spares tensors of fewer than two dimensions. seed: of stochastic rounding.
 
     Raises ValueError where nothing is trainable, where weights that are trained are neither fp32 nor bf16, where there
-    are no bf16 weights to round, where Muon finds no matrices or finds them in bf16, and where gradients are to be
-    released on several processes.
+    are no bf16 weights to round, where Muon finds no matrices or finds them in bf16, where gradients are to be
+    released on several processes, and where sharded weights are for an optimizer that has to see them whole.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _check(params, optim)
@@ -69,6 +74,9 @@ def _check(params: dict[str, nn.Parameter], optim: Optim) -> None:
                          "set it to false, or weights = bf16")  # fmt: skip
     if optim.name == "muon" and torch.bfloat16 in dtypes:
         raise ValueError("optim.name = muon trains fp32 weights, these are bf16; set weights = fp32, or use adamw")
+    if is_sharded(params) and optim.name not in SHARDED:
+        raise ValueError(f"optim.name = {optim.name}: looks at whole weights, and these are held in parts; with "
+                         f"parallel.strategy = fsdp2, take {' or '.join(SHARDED)}")  # fmt: skip
     if optim.release_gradients and dist.is_initialized():
         raise ValueError("optim.release_gradients: DDP averages gradients over the processes before a step can be "
                          "taken; run one process, or set release_gradients = false")  # fmt: skip
@@ -103,7 +111,11 @@ def gradient_norms(optimizers: Sequence[torch.optim.Optimizer]) -> dict[nn.Param
     gradients = dict(_gradients(optimizers))
     norms: dict[nn.Parameter, Tensor] = {}
     if gradients:
-        norms = dict(zip(gradients, torch._foreach_norm(list(gradients.values()), 2, torch.float32), strict=True))
+        of_parts = torch._foreach_norm([local(g) for g in gradients.values()], 2, torch.float32)
+        of_whole = of_parts
+        if is_sharded({"": next(iter(gradients))}):  # all of them alike, and so by one message
+            of_whole = sum_over_parts(torch.stack(of_parts).square(), next(iter(gradients))).sqrt().unbind()
+        norms = dict(zip(gradients, of_whole, strict=True))
     for optimizer in optimizers:
         norms |= optimizer.released if isinstance(optimizer, PerParameter) else {}
     return norms
@@ -115,7 +127,7 @@ def clip_gradients(
     """Scale all gradients down together where their norm is above `limit` (0: never), as `nn.utils.clip_grad_norm_`
     does, and return the norm before that, taken of `gradient_norms`."""
     norm = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-    gradients = [g for _, g in _gradients(optimizers)]
+    gradients = [local(g) for _, g in _gradients(optimizers)]
     if limit and gradients:
         scale = (limit / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, scale)

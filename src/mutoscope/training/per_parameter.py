@@ -10,6 +10,9 @@ Around an update rule (`update_rules`), which knows fp32 numbers on one device o
                   soon as the backward pass has made them; they are summed over micro-steps on the CPU, in fp32.
     release       A parameter's step is taken within the backward pass, and its gradient let go.
 
+Of a weight that is held in parts each process takes the step of its own, which is right for rules that look at numbers
+one by one (AdamW in 32 bits) and no others.
+
 State comes into being with the optimizer and is restored as it was. (torch.optim.Optimizer would take it to the dtype
 and the device of the weight.)
 """
@@ -25,6 +28,7 @@ from jaxtyping import BFloat16, Float32, Int16
 from torch import Tensor, nn
 
 from mutoscope.randomness import seed_of
+from mutoscope.sharded import like, local, place
 from mutoscope.training.copies import Copies, Copy
 from mutoscope.training.update_rules import Group, Rule, State
 
@@ -51,9 +55,11 @@ class PerParameter(torch.optim.Optimizer):
         self._arriving: dict[nn.Parameter, Copy] = {}
         self._copies = Copies(next(iter(self._groups)).device)
         for p in self._groups:
-            self.state[p] = {"step": torch.zeros(())} | rule.new_state(p)
+            part = local(p)
+            state = rule.new_state(part)
             if p.dtype == torch.bfloat16 and not stochastic:
-                self.state[p]["low"] = torch.zeros(p.shape, dtype=torch.int16, device="cpu" if offload else p.device)
+                state["low"] = torch.zeros(part.shape, dtype=torch.int16, device="cpu" if offload else p.device)
+            self.state[p] = {"step": torch.zeros(())} | {key: like(value, p) for key, value in state.items()}
         if offload and not dist.is_initialized():  # DDP wants the gradients where they are until it has averaged them
             self._when_there(self._take)
 
@@ -121,13 +127,13 @@ class PerParameter(torch.optim.Optimizer):
     def _fetch(self, p: nn.Parameter, gradient: Tensor) -> tuple[Copy, Copy]:
         """A parameter and its gradient where the state is."""
         if not self.offload:
-            return Copy(p.detach(), None), Copy(gradient, None)
+            return Copy(local(p.detach()), None), Copy(local(gradient), None)
         there = gradient.device.type == "cpu"
         return self._copies.to_cpu(p), Copy(gradient, None) if there else self._copies.to_cpu(gradient)
 
     def _update(self, p: nn.Parameter, weight: Tensor, gradient: Tensor) -> None:
         """One step. weight: p itself, or its copy where the state is."""
-        state = self.state[p]
+        state = {key: local(value) for key, value in self.state[p].items()}
         state["step"] += 1
         w = join(weight, state["low"]) if "low" in state else weight.float()
         w = w.contiguous()
@@ -136,7 +142,7 @@ class PerParameter(torch.optim.Optimizer):
             w, low = split(w)
             state["low"].copy_(low)
         elif p.dtype == torch.bfloat16:
-            seed = seed_of(self.seed, "rounding", self._places[p], int(state["step"]))
+            seed = seed_of(self.seed, "rounding", self._places[p], int(state["step"]), *place(p))
             w = round_stochastically(w, torch.Generator(w.device).manual_seed(seed))
         if p.dtype == torch.bfloat16 or not weight.is_contiguous():  # else w is the weight
             weight.copy_(w)
@@ -162,7 +168,7 @@ def _copy_state(source: State, target: State, what: str) -> None:
     if (found := {key: f"{list(t.shape)} {t.dtype}" for key, t in source.items()}) != told:
         raise ValueError(f"{what}: the state to load has {found}, this optimizer keeps {told}")
     for key, tensor in target.items():
-        tensor.copy_(source[key])
+        local(tensor).copy_(local(source[key]))
 
 
 # ---------------------------------------------------------------- bf16
