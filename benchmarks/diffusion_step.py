@@ -3,11 +3,10 @@
     python -m benchmarks.diffusion_step [--peer PATH_TO_A_CHECKOUT_OF_CVLIZATION]
 
 Both sides get the same weights, and must predict the same before anything is timed. (There the seed's GELU is
-exchanged for the exact one, which ours has; it is timed with its own.) Widths, heads, patches and losses are those of
-the seed's commands, and so is Latte's grid. Of Latte there are two blocks, of STDiT one, and its frames are half as
-high and wide, to take seconds: what is left out is more of the same. A step is what the loops do: times, noise, the
-loss with its variational bound, gradients, clipping, Adam. Time is CPU time of one thread. The last line is STDiT's or
-Latte's, whichever gains less.
+exchanged for the exact one, which ours has; it is timed with its own.) Widths, heads, patches, losses and grids are
+those of the seed's commands. Of Latte there are two blocks, of STDiT one: what is left out is more of the same. A step
+is what the loops do: times, noise, the loss with its variational bound, gradients, clipping, Adam. Time is CPU time of
+one thread. The last line is STDiT's or Latte's, whichever gains less.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from mutoscope.types import Batch, Cond, ModelIO
 
 OBJECTIVE = Diffusion(schedule="ddpm_linear", prediction="eps", learned_variance=True)
 CHANNELS, LR = 4, 1e-4
-LATTE_GRID, STDIT_GRID = (4, 64, 64), (8, 32, 32)
+LATTE_GRID, STDIT_GRID = (4, 64, 64), (8, 64, 64)
 
 
 def main() -> None:
@@ -43,7 +42,7 @@ def main() -> None:
     checkout: Path | None = parser.parse_args().peer
     torch.set_num_threads(1)
     measured = {"Latte, 2 blocks of S/2, 4x4x64x64": latte(checkout),
-                "STDiT, 1 block of 768, 3 heads, 4x8x32x32": stdit(checkout)}  # fmt: skip
+                "STDiT, 1 block of 768, 3 heads, 4x8x64x64": stdit(checkout)}  # fmt: skip
     table(["one clip", "ours ms", "peer ms", "ratio"], [timing_row(name, pairs) for name, pairs in measured.items()])
     gain = lambda pairs: median(theirs / ours for ours, theirs in pairs)
     last_line("diffusion_step", PEER, min(measured.values(), key=gain))

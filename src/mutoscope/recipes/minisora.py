@@ -149,9 +149,9 @@ def dit_tiny() -> Recipe:
 
 
 def latte() -> Recipe:
-    """Latte-S/2 as the seed trained it: unconditional IDDPM with a learned variance, on windows of 4 latents.
+    """Latte-S/2 as the seed trained it: IDDPM with a learned variance, on windows of 4 latents.
 
-    Source: minisora's README, train_dit.py --model Latte-S/2 --sequence_length 4 --latent_input_size 64
+    Source: minisora's README (unconditional), train_dit.py --model Latte-S/2 --sequence_length 4 --latent_input_size 64
     --num_clips_per_video 10 --learn_sigma --lr 0.00002 --batch_size 2. There, gradients were clipped to 0.5 after 1000
     steps (here from the first), and a sample took 1000 steps (--sampler.method ancestral --sampler.steps 1000).
     With Stable Diffusion's autoencoder, frame by frame: --autoencoder.path stabilityai/sd-vae-ft-mse
@@ -247,7 +247,7 @@ def stdit3() -> Recipe:
 
 
 def stdit3_tiny() -> Recipe:
-    """The later STDiT in seconds on a CPU, on the pixels of 4×16×16 clips and conditioned on their captions.
+    """The later STDiT in seconds on a CPU, on the pixels of 4×16×16 clips with captions.
 
     Source: minisora.stdit3 with all sizes cut down.
     Command: mutoscope train minisora.stdit3_tiny --out runs/stdit3_tiny
