@@ -260,7 +260,7 @@ def stdit3_tiny() -> Recipe:
 
 def _in_seconds(recipe: Recipe, model: DiT | STDiT, data: Data, guidance_scale: float = 1.0) -> Recipe:
     """A recipe of latents as one of a few pixels."""
-    assert recipe.sampler is not None
+    assert isinstance(recipe.sampler, Sampler)
     return replace(
         recipe,
         data=data,
