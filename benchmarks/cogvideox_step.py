@@ -72,7 +72,7 @@ CASES = (
         precision="bf16",
         checkpointing=True,
         compiled=True,
-    ),  # fmt: skip
+    ),
     Case("small, fp32, checkpointing, compiled", SMALL, (3, 16, 24), rank=64, checkpointing=True, compiled=True),
 )
 """The peer has no switch to compile by, and is never compiled. The last line is of the last case."""

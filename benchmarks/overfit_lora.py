@@ -63,14 +63,18 @@ def overfit(folder: Path, steps: int, vae_steps: int) -> float:
     rows = {
         "the autoencoder alone, to the clip": psnr(reconstruction, video),
         "drawn without the adapter, to the clip": psnr(without, video),
-        "a frame's mean colour, to the clip": psnr(np.broadcast_to(video.mean((1, 2), keepdims=True), video.shape), video),
+        "a frame's mean colour, to the clip": psnr(
+            np.broadcast_to(video.mean((1, 2), keepdims=True), video.shape), video
+        ),
         "drawn with the adapter, to the autoencoder's clip": psnr(drawn, reconstruction),
         "drawn with the adapter, to the clip": psnr(drawn, video),
     }
     for name, value in rows.items():
         print(f"{name:50} {value:6.2f} dB")
     result = rows["drawn with the adapter, to the clip"]
-    print(f"overfit_lora: {result:.2f} dB of {GOAL:g} wanted ({steps} steps, {time.process_time() - start:.0f} s of CPU)")
+    print(
+        f"overfit_lora: {result:.2f} dB of {GOAL:g} wanted ({steps} steps, {time.process_time() - start:.0f} s of CPU)"
+    )
     return result
 
 
@@ -106,9 +110,7 @@ def recipe(folder: Path, steps: int):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-def make_checkpoint(
-    folder: Path, video: UInt8[np.ndarray, "t h w 3"], steps: int
-) -> UInt8[np.ndarray, "t h w 3"]:
+def make_checkpoint(folder: Path, video: UInt8[np.ndarray, "t h w 3"], steps: int) -> UInt8[np.ndarray, "t h w 3"]:
     """The tiny checkpoint with an autoencoder that has learned the clip; returns what that makes of it."""
     from diffusers import AutoencoderKLCogVideoX
 
