@@ -22,6 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from mutoscope.models.cogvideox import CogVideoXModel
 from mutoscope.recipe import Recipe
 from mutoscope.training.copies import Copies, Copy
 from mutoscope.training.feed_forward import chunk_feed_forwards
@@ -79,15 +80,20 @@ def place(
         model.to(device)
     if recipe.activation_checkpointing:
         chunk_feed_forwards(model)
+    inside = False
     if recipe.compile:
         # One compilation for each shape, and another without gradients: more are a mistake, and stop the run
         torch._dynamo.config.recompile_limit = max(8, 2 * len(recipe.data.shapes(1)) + 2)
-        for block in blocks:  # innermost: dynamo compiles nothing inside of a recomputation, nor what moves memory
-            block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
+        inside = recipe.activation_checkpointing and weights is None and not recipe.offload_activations
+        for block in blocks:  # innermost, where memory is moved: dynamo compiles nothing that does that
+            forward = recomputed_inside(block.forward) if inside else block.forward
+            block.forward = torch.compile(forward, dynamic=False, fullgraph=True)
+        if isinstance(model, CogVideoXModel):
+            model.compiled_blocks = True
     for i, block in enumerate(blocks):
         if weights is not None:
             block.forward = weights.fetched(i, block.forward)
-        if recipe.activation_checkpointing:
+        if recipe.activation_checkpointing and not inside:
             block.forward = recomputed(block.forward)
         if recipe.offload_activations:
             block.forward = parking.parked(block.forward)
@@ -105,6 +111,12 @@ def recomputed(forward: Forward) -> Forward:
         return checkpoint(call, *args, *kwargs.values(), use_reentrant=False)
 
     return run
+
+
+def recomputed_inside(forward: Forward) -> Forward:
+    """Activation checkpointing to be compiled with the function itself. The backward pass then recomputes only what it
+    needs: of a frozen network's last layer, for one, nothing."""
+    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def _with_names(forward: Forward, names: tuple[str, ...], *values: Any) -> Any:
