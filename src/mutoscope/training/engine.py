@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -258,6 +259,8 @@ def _shard(model: nn.Module, mesh: DeviceMesh, parallel: Parallel, precision: st
     for scale in scales:
         scale.data = scale.data.to(device)
     mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
+    # Said of every block that ends in a reshape. No block of ours is followed by a change in place of what it returns.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for block in getattr(model, "blocks", ()):
         fully_shard(block, mesh=mesh, reshard_after_forward=parallel.reshard, mp_policy=mixed, offload_policy=offload,
                     ignored_params=scales)  # fmt: skip

@@ -31,13 +31,14 @@ from mutoscope.recipe import Recipe
 from mutoscope.report import write_report
 from mutoscope.run import Run
 from mutoscope.sample import Generator, Wanted, draw_wanted, inference, preview, read_wanted
-from mutoscope.training.checkpoint import newest_checkpoint, save_checkpoint
+from mutoscope.training.checkpoint import newest_checkpoint
 from mutoscope.training.engine import Engine
 from mutoscope.training.log import Log
 from mutoscope.training.offload import check_offload, place
 from mutoscope.training.optimizers import cast_trained
 from mutoscope.training.quantize import check_quantization, quantize_frozen
 from mutoscope.training.quarantine import Quarantine
+from mutoscope.training.saver import Saver
 from mutoscope.training.signals import StopFlag, Stopped, stopping_softly
 from mutoscope.training.state import TrainState, build_state
 from mutoscope.types import Loss
@@ -64,14 +65,17 @@ def train(recipe: Recipe, out: Path) -> Run:
             with engine.main_first():
                 if engine.main:
                     run.prepare(recipe)
-            with Log(run, out.name, recipe.steps, recipe.wandb, enabled=engine.main) as log:
-                _train(recipe, run, engine, log, stop)
+            with (
+                Log(run, out.name, recipe.steps, recipe.wandb, enabled=engine.main) as log,
+                Saver(run.checkpoints, engine, recipe.keep_last, recipe.keep_every) as saver,
+            ):
+                _train(recipe, run, engine, log, saver, stop)
     finally:
         engine.stop()
     return run
 
 
-def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -> None:
+def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, saver: Saver, stop: StopFlag) -> None:
     # 1. Build. Order of initialisation: a checkpoint of this run > recipe.init_from > fresh weights
     encoder = build_encoder(recipe, engine.device)
     wanted = read_wanted(recipe, engine.device) if recipe.validation_file is not None else None
@@ -136,7 +140,9 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
         if state.step % recipe.save_every == 0 or last or stopping:
             numbers = {f"consumed {pool.name}": n for pool, n in zip(plan.pools, state.consumed, strict=True)}
             numbers["clips"] = len(sources["train"])
-            save_checkpoint(run.checkpoints, state.step, state.tensors(), numbers, engine)
+            saver.save(state.step, state.tensors(), numbers)
+            if last or stopping:
+                saver.wait()
         if bad_steps >= recipe.optim.max_bad_steps:
             raise RuntimeError(f"{bad_steps} steps in a row were not finite; stopped. {_suspects(losses, engine)} "
                                "Lower optim.lr, or look at these clips.")  # fmt: skip
