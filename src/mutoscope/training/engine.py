@@ -118,6 +118,8 @@ class Engine:
             return model
         if not dist.is_initialized():
             return model
+        # Torch 2.13 wants another name for it, which 2.11 does not know
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         return DistributedDataParallel(
             model,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,

@@ -97,6 +97,7 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, saver: Saver, sto
         log.say(f"resuming from {newest}")
         if numbers["clips"] != len(sources["train"]):
             log.say(f"the data has changed: {numbers['clips']} train clips then, {len(sources['train'])} now")
+        _check_batch(numbers, plan, log)
         state.consumed = tuple(numbers.get(f"consumed {pool.name}", 0) for pool in plan.pools)
     state.consumed = state.consumed or (0,) * len(plan.pools)
     engine.check_in_sync(model)
@@ -139,7 +140,8 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, saver: Saver, sto
         _preview(recipe, run, engine, state, generator, sources["val"], wanted, due=last)
         if state.step % recipe.save_every == 0 or last or stopping:
             numbers = {f"consumed {pool.name}": n for pool, n in zip(plan.pools, state.consumed, strict=True)}
-            numbers["clips"] = len(sources["train"])
+            numbers |= {f"batch {pool.name}": plan.step_samples(b) for b, pool in enumerate(plan.pools)}
+            numbers |= {"clips": len(sources["train"]), "world": engine.world}
             saver.save(state.step, state.tensors(), numbers)
             if last or stopping:
                 saver.wait()
@@ -169,6 +171,19 @@ def _open_sources(recipe: Recipe, encoder: Encoder, engine: Engine, log: Log) ->
         for line in source.report():
             log.say(line)
     return sources
+
+
+def _check_batch(numbers: dict[str, int], plan: Plan, log: Log) -> None:
+    """Raise ValueError where an optimizer step sees another number of samples than before, unless there are other
+    processes: then it is said."""
+    for b, pool in enumerate(plan.pools):
+        then, now = numbers.get(f"batch {pool.name}", plan.step_samples(b)), plan.step_samples(b)
+        told = f"an optimizer step took {then} samples of {pool.name}, and would now take {now}"
+        if then != now and numbers["world"] == plan.world:
+            raise ValueError(f"{told}; batch_size × accumulate must be what it was")
+        if then != now:
+            log.say(f"{told}: {numbers['world']} processes then, {plan.world} now. To keep it, change batch_size or "
+                    "accumulate as well")  # fmt: skip
 
 
 def _forward_backward(

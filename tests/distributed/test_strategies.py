@@ -1,0 +1,131 @@
+"""However a run is spread over gloo processes on the CPU, it trains what one process with the joined batch trains."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mutoscope.run import Run
+from mutoscope.weights import read_weights
+from distributed.processes import case, play
+
+MODELS = {
+    "lora": ("cogvideox.t2v_lora_tiny",),
+    "dit": ("minisora.dit_tiny", "--ema", "0.9"),
+    # Without the terms that are over the codes of a batch, which are others for another batch
+    "vqvae": ("minisora.vqvae_tiny", "--objective.low-utilization-cost", "0"),
+}
+# Adam divides by a gradient's size: with its own eps, one that is all rounding error would move a weight as far as any
+STEP = ("--steps", "1", "--validate-every", "1", "--save-every", "1", "--optim.eps", "1e-4", "--log-every", "1")
+BATCH = 4
+"""Samples of a step."""
+
+
+def one_step(world: int, strategy: str, name: str, folder: Path, *flags: str) -> dict[str, Any]:
+    recipe, *own = MODELS[name]
+    batch = ("--batch-size", str(BATCH // world))
+    return case(world, folder, recipe, *own, *STEP, *batch, "--parallel.strategy", strategy, *flags)
+
+
+def final(folder: Path) -> dict[str, Tensor]:
+    return read_weights(Run(folder).weights)
+
+
+def assert_close(found: Path, expected: Path) -> None:
+    a, b = final(found), final(expected)
+    assert a.keys() == b.keys()
+    for name in b:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-6, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def assert_equal(found: Path, expected: Path) -> None:
+    a, b = final(found), final(expected)
+    assert a.keys() == b.keys()
+    assert [name for name in b if not torch.equal(a[name], b[name])] == []
+
+
+def drawn(folder: Path, world: int) -> list[list[tuple[int, float]]]:
+    """(sample, random number) of each process."""
+    return [[tuple(pair) for pair in json.loads((folder / f"drawn-{rank}.json").read_text())] for rank in range(world)]
+
+
+def val_losses(folder: Path) -> list[float]:
+    return [line["val_loss"] for line in Run(folder).metrics() if "val_loss" in line]
+
+
+def check_one_step(folder: Path, names: list[str], worlds: list[int]) -> None:
+    """Cases NAME-STRATEGY-WORLD against NAME-none-1."""
+    for name in names:
+        one = folder / f"{name}-none-1"
+        for strategy in ("ddp", "fsdp2"):
+            for world in worlds:
+                many = folder / f"{name}-{strategy}-{world}"
+                assert_close(many, one)
+                assert val_losses(many) == pytest.approx(val_losses(one), rel=1e-5)
+                by_process = drawn(many, world)
+                samples = [{sample for sample, _ in pairs} for pairs in by_process]
+                numbers = [{number for _, number in pairs} for pairs in by_process]
+                assert all(numbers) or name == "vqvae"  # which draws nothing
+                for i in range(world):
+                    assert not any(samples[i] & samples[j] or numbers[i] & numbers[j] for j in range(i))
+                assert sorted(pair for pairs in by_process for pair in pairs) == sorted(drawn(one, 1)[0])
+
+
+Play = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the runs of two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    cases = []
+    for name in ("dit", "lora", "vqvae"):
+        cases.append(one_step(1, "none", name, folder / f"{name}-none-1"))
+        cases += [one_step(2, s, name, folder / f"{name}-{s}-2") for s in ("ddp", "fsdp2")]
+    cases += resumed(folder)
+    play(folder, cases)
+    return folder
+
+
+def resumed(folder: Path) -> list[dict[str, Any]]:
+    """Runs of four steps, whole, and stopped after two to go on in another way."""
+    flags = ("--save-every", "2", "--validate-every", "0", "--log-every", "1", "--optim.warmup-steps", "3")
+    flags += ("--accumulate", "2", "--ema", "0.9", "--optim.max-grad-norm", "0.1")
+
+    def run(out: str, steps: int, world: int, strategy: str, *more: str) -> dict[str, Any]:
+        size = ("--steps", str(steps), "--batch-size", str(BATCH // world), "--parallel.strategy", strategy)
+        return case(world, folder / out, "minisora.dit_tiny", *flags, *size, *more)
+
+    cases = [run("whole-none", 4, 1, "none")]
+    for strategy in ("ddp", "fsdp2"):
+        cases += [run(f"whole-{strategy}", 4, 2, strategy), run(f"part-{strategy}", 2, 2, strategy)]
+        cases.append(run(f"part-{strategy}", 4, 2, strategy))
+    for out, (world, strategy), (then_world, then) in (
+        ("fsdp2-to-ddp", (2, "fsdp2"), (2, "ddp")),
+        ("ddp-to-fsdp2", (2, "ddp"), (2, "fsdp2")),
+        ("fsdp2-to-one", (2, "fsdp2"), (1, "none")),
+        ("one-to-fsdp2", (1, "none"), (2, "fsdp2")),
+    ):
+        cases += [run(out, 2, world, strategy), run(out, 4, then_world, then)]
+    return cases
+
+
+def test_one_step_of_two_processes_equals_one_of_one(two: Path) -> None:
+    check_one_step(two, ["dit", "lora", "vqvae"], [2])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_resumed_equals_uninterrupted(two: Path, strategy: str) -> None:
+    assert_equal(two / f"part-{strategy}", two / f"whole-{strategy}")
+    assert_close(two / f"whole-{strategy}", two / "whole-none")
+
+
+@pytest.mark.parametrize("name", ["fsdp2-to-ddp", "ddp-to-fsdp2", "fsdp2-to-one", "one-to-fsdp2"])
+def test_a_checkpoint_goes_on_under_another_strategy(two: Path, name: str) -> None:
+    assert_close(two / name, two / "whole-none")
