@@ -22,7 +22,8 @@ import torch
 
 def case(world: int, out: Path, recipe: str, *flags: str) -> dict[str, Any]:
     """A run of `mutoscope train` by so many processes."""
-    argv = ["train", recipe, "--out", str(out), "--sample-every", "0", *flags]
+    quiet = () if "--sample-every" in flags else ("--sample-every", "0")
+    argv = ["train", recipe, "--out", str(out), *quiet, *flags]
     return {"world": world, "out": str(out), "argv": argv}
 
 
@@ -58,6 +59,7 @@ def _free_port() -> int:
 def main() -> None:
     """Be one of the processes."""
     warnings.filterwarnings("error")  # first: our own exceptions from it come with the imports
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
     from mutoscope.cli import main as mutoscope
     from mutoscope.training import loop
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mutoscope.run import Run
@@ -77,9 +78,6 @@ def check_one_step(folder: Path, names: list[str], worlds: list[int]) -> None:
                 assert sorted(pair for pairs in by_process for pair in pairs) == sorted(drawn(one, 1)[0])
 
 
-Play = Callable[[str], Path]
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the runs of two processes."""
@@ -129,3 +127,78 @@ def test_resumed_equals_uninterrupted(two: Path, strategy: str) -> None:
 @pytest.mark.parametrize("name", ["fsdp2-to-ddp", "ddp-to-fsdp2", "fsdp2-to-one", "one-to-fsdp2"])
 def test_a_checkpoint_goes_on_under_another_strategy(two: Path, name: str) -> None:
     assert_close(two / name, two / "whole-none")
+
+
+# ---------------------------------------------------------------- four processes
+
+DRAW = ("--sample-every", "1", "--num-samples", "2")
+WAYS = {
+    "hsdp": ("--parallel.replicate", "2"),
+    "kept": ("--parallel.reshard", "false"),
+    "recomputed": ("--activation-checkpointing", "true"),
+    "compiled": ("--activation-checkpointing", "true", "--compile", "true"),
+}
+"""Of fsdp2."""
+OPTIMS = {
+    "muon": ("--optim.name", "muon"),
+    "bf16": ("--weights", "bf16", "--precision", "bf16"),
+    "rounded": ("--weights", "bf16", "--precision", "bf16", "--optim.stochastic-rounding", "true"),
+}
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the runs of four processes."""
+    folder = tmp_path_factory.mktemp("four")
+    (folder / "wanted.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("one", "two", "three")))
+    wanted = ("--validation-file", str(folder / "wanted.jsonl"))
+    draw = {"dit": DRAW, "vqvae": DRAW, "lora": (*DRAW, *wanted)}
+    cases = []
+    for name in MODELS:
+        cases.append(one_step(1, "none", name, folder / f"{name}-none-1", *draw[name]))
+        for strategy in ("ddp", "fsdp2"):
+            cases += [one_step(w, strategy, name, folder / f"{name}-{strategy}-{w}", *draw[name]) for w in (1, 4)]
+    cases += [
+        one_step(2 if way == "compiled" else 4, "fsdp2", "dit", folder / f"dit-{way}", *flags)
+        for way, flags in WAYS.items()
+    ]
+    for name, flags in OPTIMS.items():
+        for world, strategy in ((1, "none"), (2, "ddp"), (2, "fsdp2")):
+            cases.append(one_step(world, strategy, "dit", folder / f"{name}-{strategy}", *flags))
+    play(folder, cases, timeout=1200)
+    return folder
+
+
+@pytest.mark.slow
+def test_one_step_of_four_processes_equals_one_of_one(four: Path) -> None:
+    check_one_step(four, list(MODELS), [1, 4])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_a_sharded_model_is_drawn_from(four: Path, name: str) -> None:
+    """By all processes together, and what one process draws."""
+    found, expected = (
+        {str(p.relative_to(folder)): p for p in sorted((folder / "samples").rglob("*.*")) if p.is_file()}
+        for folder in (four / f"{name}-fsdp2-4", four / f"{name}-none-1")
+    )
+    assert found.keys() == expected.keys()
+    assert len(found) == (12 if name == "lora" else 4)  # before the step and after it
+    for path in (p for p in found if p.endswith(".png")):
+        a, b = (np.asarray(Image.open(paths[path])).astype(int) for paths in (found, expected))
+        assert np.abs(a - b).max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_of_sharding_make_no_difference(four: Path, way: str) -> None:
+    assert_close(four / f"dit-{way}", four / "dit-none-1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, tolerance", [("muon", 1e-6), ("bf16", 1e-2), ("rounded", 1e-2)])
+def test_optimizers_of_shards(four: Path, name: str, tolerance: float) -> None:
+    one, ddp, fsdp2 = (final(four / f"{name}-{strategy}") for strategy in ("none", "ddp", "fsdp2"))
+    for key in one:
+        torch.testing.assert_close(fsdp2[key], one[key], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(fsdp2[key], ddp[key], rtol=tolerance, atol=tolerance)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,6 +52,8 @@ class Engine:
     parallel: Parallel = Parallel()
     mesh: DeviceMesh | None = None
     """Of fsdp2: (copies, parts of a copy)."""
+    meeting: str = ""
+    """What the keys of these processes begin with, in the store that they met by."""
 
     @staticmethod
     def start(parallel: Parallel) -> Engine:
@@ -72,12 +76,18 @@ class Engine:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
+        meeting = ""
         if world > 1 or parallel.strategy != "none":
             # gloo beside nccl: checkpoints, and gradients that were offloaded, are on the CPU
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout))
+            timeout = timedelta(seconds=parallel.timeout)
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                store, meeting = _meet(rank, world, timeout)
+                dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+            else:
+                dist.init_process_group(backend, timeout=timeout)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")) if shape else None
-        return Engine(rank=rank, world=world, device=device, parallel=parallel, mesh=mesh)
+        return Engine(rank=rank, world=world, device=device, parallel=parallel, mesh=mesh, meeting=meeting)
 
     @property
     def main(self) -> bool:
@@ -233,6 +243,30 @@ class Engine:
         """Leave the other processes."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meet(rank: int, world: int, timeout: timedelta) -> tuple[dist.Store, str]:
+    """A part of torchrun's store that no process wrote to before these, and its prefix.
+
+    torchrun has one store for all of its restarts (as of torch 2.13), so that processes would look for each other where
+    those before them were. Each says who it is; process 0 answers with all of them until each has found itself there.
+    """
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+    mine, give_up = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    store.set(f"here {rank}", mine)
+    while time.monotonic() < give_up:
+        if rank == 0:
+            store.set("all", " ".join(store.get(f"here {r}").decode() for r in range(world)))
+        everyone = store.get("all").decode()
+        meeting = xxhash.xxh3_128_hexdigest(everyone.encode())
+        if mine in everyone:
+            store.set(f"{meeting} {rank}", "")
+        if rank == 0 and store.check([f"{meeting} {r}" for r in range(world)]):
+            store.set(f"{meeting} begins", "")
+        if mine in everyone and store.check([f"{meeting} begins"]):
+            return dist.PrefixStore(meeting, store), meeting
+        time.sleep(0.05)
+    raise TimeoutError(f"process {rank} of {world} did not meet the others in {timeout}")
 
 
 def _mesh_shape(parallel: Parallel, world: int) -> tuple[int, int]:

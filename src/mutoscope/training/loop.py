@@ -41,6 +41,7 @@ from mutoscope.training.quarantine import Quarantine
 from mutoscope.training.saver import Saver
 from mutoscope.training.signals import StopFlag, Stopped, stopping_softly
 from mutoscope.training.state import TrainState, build_state
+from mutoscope.training.watchdog import Watchdog
 from mutoscope.types import Loss
 
 VALIDATION_CLIPS = 64
@@ -68,14 +69,17 @@ def train(recipe: Recipe, out: Path) -> Run:
             with (
                 Log(run, out.name, recipe.steps, recipe.wandb, enabled=engine.main) as log,
                 Saver(run.checkpoints, engine, recipe.keep_last, recipe.keep_every) as saver,
+                Watchdog(engine, run.folder) as watchdog,
             ):
-                _train(recipe, run, engine, log, saver, stop)
+                _train(recipe, run, engine, log, saver, watchdog, stop)
     finally:
         engine.stop()
     return run
 
 
-def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, saver: Saver, stop: StopFlag) -> None:
+def _train(
+    recipe: Recipe, run: Run, engine: Engine, log: Log, saver: Saver, watchdog: Watchdog, stop: StopFlag
+) -> None:
     # 1. Build. Order of initialisation: a checkpoint of this run > recipe.init_from > fresh weights
     encoder = build_encoder(recipe, engine.device)
     wanted = read_wanted(recipe, engine.device) if recipe.validation_file is not None else None
@@ -113,9 +117,12 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, saver: Saver, sto
     # 3. Train
     bad_steps = 0
     while state.step < recipe.steps:
+        watchdog.at(state.step, "waiting for clips")
         micro = [next(clips) for _ in range(recipe.accumulate)]
         quarantine.add([b for raw in micro if isinstance(raw, Clips) for b in raw.broken], state.step + 1)
+        watchdog.at(state.step, "in the forward and backward pass")
         losses = _forward_backward(recipe, engine, state, encoder, micro)
+        watchdog.at(state.step, "taking the step")
         lr, norm = state.take_step(recipe.optim, recipe.steps)
         finite = math.isfinite(norm)  # the same on all processes: the norm is of the averaged gradients
         if not finite:
@@ -131,6 +138,7 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, saver: Saver, sto
             state.average()
 
         # 4. Log, validate, show, save, each on its schedule
+        watchdog.at(state.step, "logging, evaluating or saving")
         last = state.step == recipe.steps
         stopping = engine.any(stop.signal_number != 0) or bad_steps >= recipe.optim.max_bad_steps
         if state.step % recipe.log_every == 0 or last:
