@@ -4,8 +4,8 @@
 
 The state is what AdamW keeps: a weight and two moments, in tensors as a transformer has them. Training is held up for
 as long as `Saver.save` takes to return; a second column says how long it takes until the checkpoint is on the disk, and
-a third how much slower the CPU work of training is in the meantime. Both sides alternate, and the first save of each, to
-new memory, does not count. ``torch.save`` neither hashes nor syncs; with fsync it takes longer.
+a line how much slower work on the CPU is in the meantime. Both sides alternate, and the first save of each, to new
+memory, does not count. ``torch.save`` neither hashes nor syncs; with fsync it takes longer.
 """
 
 from __future__ import annotations
@@ -47,27 +47,27 @@ def main() -> None:
         return time.perf_counter() - start
 
     pairs, durable, synced, slower = [], [], [], []
-    with tempfile.TemporaryDirectory() as folder:
-        with Saver(Path(folder), Engine(rank=0, world=1, device=torch.device("cpu")), 2, 0) as saver:
-            for step in range(REPEATS + 1):
-                alone = min(work() for _ in range(3))
-                start = time.perf_counter()
-                saver.save(step, tree, {})
-                stall = time.perf_counter() - start
-                beside = work()
-                saver.wait()
-                whole = time.perf_counter() - start
-                start = time.perf_counter()
-                with open(Path(folder) / "plain.pt", "wb") as file:
-                    torch.save(tree, file)
-                    plain = time.perf_counter() - start
-                    file.flush()
-                    os.fsync(file.fileno())
-                if step:
-                    pairs.append((stall, plain))
-                    durable.append(whole)
-                    synced.append(time.perf_counter() - start)
-                    slower.append(beside / alone)
+    engine = Engine(rank=0, world=1, device=torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder, Saver(Path(folder), engine, 2, 0) as saver:
+        for step in range(REPEATS + 1):
+            alone = min(work() for _ in range(3))
+            start = time.perf_counter()
+            saver.save(step, tree, {})
+            stall = time.perf_counter() - start
+            beside = work()
+            saver.wait()
+            whole = time.perf_counter() - start
+            start = time.perf_counter()
+            with open(Path(folder) / "plain.pt", "wb") as file:
+                torch.save(tree, file)
+                plain = time.perf_counter() - start
+                file.flush()
+                os.fsync(file.fileno())
+            if step:
+                pairs.append((stall, plain))
+                durable.append(whole)
+                synced.append(time.perf_counter() - start)
+                slower.append(beside / alone)
     middle = lambda values: sorted(values)[len(values) // 2]
     table(
         [f"{mib} MiB", "held up s", "on the disk after s"],

@@ -61,7 +61,7 @@ def test_one_killed_process_and_all_go_on_from_the_checkpoint(tmp_path: Path) ->
     for name, restarts in (("whole", 0), ("killed", 1)):
         with torchrun(tmp_path / name, "--parallel.strategy", "fsdp2", restarts=restarts) as process:
             if restarts:
-                wait_for(5, tmp_path / name, process)
+                wait_for(7, tmp_path / name, process)
                 os.kill(workers(process)[1], signal.SIGKILL)
             assert process.wait(timeout=300) == 0, (tmp_path / f"{name}.txt").read_text()
     assert "resuming from" in (tmp_path / "killed.txt").read_text()

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from distributed.processes import case, play
 from PIL import Image
 from torch import Tensor
 
 from mutoscope.run import Run
 from mutoscope.weights import read_weights
-from distributed.processes import case, play
 
 MODELS = {
     "lora": ("cogvideox.t2v_lora_tiny",),

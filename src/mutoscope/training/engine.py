@@ -16,7 +16,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
@@ -49,7 +49,7 @@ class Engine:
     rank: int
     world: int
     device: torch.device
-    parallel: Parallel = Parallel()
+    parallel: Parallel = field(default_factory=Parallel)
     mesh: DeviceMesh | None = None
     """Of fsdp2: (copies, parts of a copy)."""
     meeting: str = ""
@@ -69,9 +69,9 @@ class Engine:
                 "torchrun --nproc-per-node N -m mutoscope train ... (or parallel.strategy = none)"
             )
         cuda = torch.cuda.is_available()
-        if parallel.offload != "none" and not cuda:
-            raise ValueError(f'parallel.offload = "{parallel.offload}": moves memory from GPUs to the CPU, and there is '
-                             'no GPU here; set it to "none"')  # fmt: skip
+        if parallel.strategy == "fsdp2" and parallel.offload != "none" and not cuda:
+            raise ValueError(f'parallel.offload = "{parallel.offload}": moves memory from GPUs to the CPU, and there '
+                             'is no GPU here; set it to "none"')  # fmt: skip
         shape = _mesh_shape(parallel, world) if parallel.strategy == "fsdp2" else None
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
         if cuda:
@@ -97,22 +97,32 @@ class Engine:
     @property
     def sharded(self) -> bool:
         """Whether processes hold a model in parts, so that all of them must call it together."""
-        return self.mesh is not None
+        return self.mesh is not None or self._zero3
+
+    @property
+    def _zero3(self) -> bool:
+        return self.parallel.strategy == "deepspeed" and self.parallel.zero == 3
 
     @property
     def replica(self) -> int:
         """The copy of the model that this process has, or has a part of."""
-        return self.rank if self.mesh is None else self.mesh.get_local_rank("replicate")
+        if self.mesh is not None:
+            return self.mesh.get_local_rank("replicate")
+        return 0 if self._zero3 else self.rank
 
     @property
     def replicas(self) -> int:
         """Copies of the model."""
-        return self.world if self.mesh is None else self.mesh.size(0)
+        if self.mesh is not None:
+            return self.mesh.size(0)
+        return 1 if self._zero3 else self.world
 
     @property
     def leads(self) -> bool:
         """Whether this process writes for its copy of the model."""
-        return self.mesh is None or self.mesh.get_local_rank("shard") == 0
+        if self.mesh is not None:
+            return self.mesh.get_local_rank("shard") == 0
+        return self.main or not self._zero3
 
     # ---- the model
 
@@ -275,8 +285,8 @@ def _mesh_shape(parallel: Parallel, world: int) -> tuple[int, int]:
     shard = shard or world // (replicate or 1)
     replicate = replicate or world // shard
     if shard * replicate != world:
-        raise ValueError(f"parallel.replicate = {parallel.replicate} and parallel.shard = {parallel.shard} (0: what the "
-                         f"other leaves) do not make up {world} processes; their product must")  # fmt: skip
+        raise ValueError(f"parallel.replicate = {parallel.replicate} and parallel.shard = {parallel.shard} (0: what "
+                         f"the other leaves) do not make up {world} processes; their product must")  # fmt: skip
     return replicate, shard
 
 

@@ -32,6 +32,7 @@ from mutoscope.report import write_report
 from mutoscope.run import Run
 from mutoscope.sample import Generator, Wanted, draw_wanted, inference, preview, read_wanted
 from mutoscope.training.checkpoint import newest_checkpoint
+from mutoscope.training.deepspeed import DeepSpeedState
 from mutoscope.training.engine import Engine
 from mutoscope.training.log import Log
 from mutoscope.training.offload import check_offload, place
@@ -44,6 +45,7 @@ from mutoscope.training.state import TrainState, build_state
 from mutoscope.training.watchdog import Watchdog
 from mutoscope.types import Loss
 
+State = TrainState | DeepSpeedState
 VALIDATION_CLIPS = 64
 """Clips of the val split, the first by id, that the validation loss is taken over."""
 
@@ -160,7 +162,7 @@ def _train(
             raise Stopped(stop.signal_number, f"stopped at step {state.step}; the same command goes on from there")
 
     # 5. What the run is for
-    with state.averaged():
+    with state.averaged(), state.whole():
         save_trained(model, recipe, run.weights, write=engine.main)
     if engine.main:
         write_report(run.folder / "report.html", run.folder.name, {"Training": run})
@@ -195,7 +197,7 @@ def _check_batch(numbers: dict[str, int], plan: Plan, log: Log) -> None:
 
 
 def _forward_backward(
-    recipe: Recipe, engine: Engine, state: TrainState, encoder: Encoder, clips: Sequence[Any]
+    recipe: Recipe, engine: Engine, state: State, encoder: Encoder, clips: Sequence[Any]
 ) -> list[tuple[list[str], Loss]]:
     """The micro-steps of one optimizer step.
 
@@ -230,7 +232,7 @@ def _suspects(losses: list[tuple[list[str], Loss]], engine: Engine) -> str:
 
 
 def _validate(
-    recipe: Recipe, engine: Engine, state: TrainState, source: Source, encoder: Encoder, log: Log, due: bool
+    recipe: Recipe, engine: Engine, state: State, source: Source, encoder: Encoder, log: Log, due: bool
 ) -> None:
     """Log the averaged weights' loss over the val clips, with draws that are the same every time."""
     every = recipe.validate_every
@@ -262,7 +264,7 @@ def _preview(
     recipe: Recipe,
     run: Run,
     engine: Engine,
-    state: TrainState,
+    state: State,
     generator: Generator,
     source: Source,
     wanted: Wanted | None,

@@ -17,7 +17,6 @@ from mutoscope.training.per_parameter import PerParameter
 from mutoscope.training.update_rules import Rule, adamw, came, prodigy
 from mutoscope.types import DTYPES
 
-
 SHARDED = ("adamw", "muon")
 """Optimizers of weights that are held in parts. The others' state is of blocks, rows and columns, or sums of whole
 weights, and would be another for each number of processes."""

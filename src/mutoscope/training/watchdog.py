@@ -1,4 +1,4 @@
-"""When a process stands still, it says so, and where all of them stand: most often they wait for one that does not come.
+"""When a process stands still, it says so, and where all of them stand: most often they wait for one that is late.
 
 A thread of each process tells a store what the process is at, and looks whether it goes on. Nothing is stopped: what
 takes long may be meant to.
