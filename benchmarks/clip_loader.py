@@ -37,7 +37,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks.harness import last_line, table
 from benchmarks.painted import scene, write
-from mutoscope.data.dataset import VideoDataset, make_loader, to_pixels
+from mutoscope.data.dataset import VideoDataset, to_pixels
+from mutoscope.data.loader import make_loader
 from mutoscope.recipe import Data
 
 PEER = "a-r-r-o-w/cogvideox-factory"

@@ -27,10 +27,12 @@ from pathlib import Path
 from benchmarks.harness import table
 from benchmarks.painted import scene, write
 from mutoscope.data.buckets import Plan, make_pools
-from mutoscope.data.dataset import VideoDataset, make_loader
+from mutoscope.data.dataset import VideoDataset, list_and_look
 from mutoscope.data.index import inspect
+from mutoscope.data.loader import make_loader
 from mutoscope.data.sources.layouts import list_data
 from mutoscope.recipe import Data
+from mutoscope.workers import worker_context
 
 VIDEOS, WORKERS, BATCH, PER_FOLDER = 250, 2, 4, 1000
 FRAMES, SIDE = 16, 64
@@ -98,7 +100,9 @@ def first_look(root: Path, began: float) -> dict[str, object]:
 def start(root: Path, began: float) -> dict[str, object]:
     """Seconds and MiB until the data sets are there, and until the first batch is, as in a training run."""
     data = data_of(root)
-    train, val = (VideoDataset(data, split, seed=0) for split in ("train", "val"))
+    worker_context()
+    listing = list_and_look(data)
+    train, val = (VideoDataset(data, split, 0, listing) for split in ("train", "val"))
     assert train.items and val.items
     datasets = [time.perf_counter() - began, peak()]
     plan = Plan(pools=make_pools(train.groups, train.sets, data, BATCH), seed=0)

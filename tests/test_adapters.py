@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mutoscope.adapters import Adapter, read_adapter, write_adapter, write_diffusers, write_kohya, write_peft
+from mutoscope.adapters import Adapter, read_adapter, write_diffusers, write_kohya, write_peft
 from mutoscope.checkpoints import open_checkpoint
 from mutoscope.recipe import Lora
 from mutoscope.training.lora import adapter_of, add_lora, load_adapter_state
@@ -266,22 +266,16 @@ def test_written_and_read_is_the_same_update(
         state |= {f"q_{i}.lora_A.weight": torch.randn(rank + i, 6), f"q_{i}.lora_B.weight": torch.randn(5, rank + i)}
     adapter = Adapter(state=state, alphas={f"q_{i}": alpha * (i + 1) for i in range(layers)}, about={"step": "3"})
     folder = tmp_path_factory.mktemp("written")
-    write_adapter(folder / "own.safetensors", adapter)
     write_kohya(folder / "kohya.safetensors", adapter)
     write_peft(folder, adapter)
     write_diffusers(folder, adapter)
-    for name in (
-        "own.safetensors",
-        "kohya.safetensors",
-        "adapter_model.safetensors",
-        "pytorch_lora_weights.safetensors",
-    ):
+    for name in ("kohya.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
         read = read_adapter(folder / name, network)
         assert read.about == {"step": "3"}
         for i in range(layers):
             update = lambda a, m=f"q_{i}": a.scales[m] * (a.state[f"{m}.lora_B.weight"] @ a.state[f"{m}.lora_A.weight"])
             torch.testing.assert_close(update(read), update(adapter), rtol=1e-4, atol=1e-5)
-            assert name == "own.safetensors" or read.scales[f"q_{i}"] == 1
+            assert read.scales[f"q_{i}"] == 1
 
 
 def test_alphas_and_ranks_by_layer_reach_diffusers_and_peft(tmp_path: Path) -> None:

@@ -293,7 +293,8 @@ def test_a_missing_part_is_named(copy: Path) -> None:
 def test_the_hub_is_asked_for_the_parts_that_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def snapshot(repository: str, allow_patterns: list[str]) -> str:
+    def snapshot(repository: str, repo_type: str, revision: None, allow_patterns: list[str]) -> str:
+        assert repo_type == "model"
         asked.append((repository, allow_patterns))
         return str(make_tiny("cogvideox-t2v"))
 

@@ -222,5 +222,5 @@ def test_an_untrained_lora_has_no_strength_to_tell(tmp_path: Path) -> None:
     model = build()
     add_lora(model, LORA, seed=0)
     done = write("diffusers", tmp_path / "lora", build, LORA, adapter_state(model))
-    assert done.strength is None and done.max_difference == 0
+    assert done.strength is None and done.max_difference <= 1e-6 * done.largest
     assert str(done).startswith(f"{tmp_path / 'lora'}: loaded back; outputs differ by 0 at most, of ")

@@ -12,23 +12,27 @@ from typing import Any
 import pytest
 import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, DiffusionPipeline
-from export_cases import DIT, IO, LORA, NAMES, base_of, config, error, maker, output, shake, trained
+from export_cases import DIT, IO, LORA, NAMES, base_of, config, error, maker, output, pipeline, shake, trained
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mutoscope.adapters import read_adapter, write_adapter
-from mutoscope.build import model_io
+from mutoscope.adapters import read_adapter, write_diffusers
+from mutoscope.build import build_trained, model_io
 from mutoscope.checkpoints import open_checkpoint
-from mutoscope.export import Exported, export_full, export_run, origin_of, probe_of
+from mutoscope.export import Exported, export_full, export_run, origin_of, probe_of, save_trained
 from mutoscope.models.cogvideox import CogVideoX, CogVideoXModel
 from mutoscope.objectives.diffusion import Diffusion
 from mutoscope.recipe import Data, Lora, Recipe
-from mutoscope.recipes.cogvideox import i2v_lora_tiny, t2v_full_tiny
+from mutoscope.recipes.cogvideox import i2v_lora_tiny, t2v_full_tiny, t2v_lora_tiny
 from mutoscope.run import Run
 from mutoscope.text.encoders import HashedWords
 from mutoscope.toml import dump_toml
-from mutoscope.training.lora import adapter_of, adapter_state, add_lora
+from mutoscope.training.lora import adapter_of, adapter_state, add_lora, network_of
 from mutoscope.weights import save_weights
+
+ROUNDING = 2e-6
+"""Some CPUs multiply matrices in an order that hangs on where they lie in memory: the same weights, other last bits."""
 
 # ---- full weights
 
@@ -49,13 +53,13 @@ def fine_tuned(name: str) -> CogVideoXModel:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_full_fine_tune_is_a_checkpoint(name: str, tmp_path: Path) -> None:
     done = full(tmp_path / "full", name, lambda: fine_tuned(name), None, {})
-    assert done.max_difference == 0 and done.strength is None
+    assert done.max_difference <= ROUNDING * done.largest and done.strength is None
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "full", dtype=torch.float32)
     assert isinstance(pipe, CogVideoXImageToVideoPipeline if name.endswith("i2v") else CogVideoXPipeline)
     weights = pipe.transformer.state_dict()
     assert all(torch.equal(weights[k], v) for k, v in fine_tuned(name).transformer.state_dict().items())
     built = CogVideoX(path=str(tmp_path / "full"), task=config(name).task, weights="fp32").build(IO)  # and by our own
-    assert torch.equal(probe_of(IO)(built), probe_of(IO)(fine_tuned(name)))
+    torch.testing.assert_close(probe_of(IO)(built), probe_of(IO)(fine_tuned(name)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -75,7 +79,7 @@ def test_a_merged_lora_is_a_checkpoint(dora: bool, tmp_path: Path) -> None:
 def test_shards(tmp_path: Path) -> None:
     build = lambda: fine_tuned("cogvideox-t2v")
     done = full(tmp_path / "full", "cogvideox-t2v", build, None, {}, shard_bytes=100_000)
-    assert done.max_difference == 0
+    assert done.max_difference <= ROUNDING * done.largest
     folder = tmp_path / "full" / "transformer"
     index = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())
     shards = sorted(folder.glob("*.safetensors"))
@@ -134,7 +138,7 @@ def test_a_lora_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="the run is not finished; train it"):
         export_run(run, "diffusers")
     model, _ = trained(maker("cogvideox-i2v"))
-    write_adapter(run.weights, adapter_of(model))
+    write_diffusers(run.final, adapter_of(model))
     for to in ("diffusers", "peft", "comfyui", "full"):
         done = export_run(run, to)  # type: ignore[arg-type]
         assert done.path == run.folder / "exports" / to and done.strength == pytest.approx(1, abs=1e-4)
@@ -147,7 +151,36 @@ def test_a_lora_run(tmp_path: Path) -> None:
         "name": "disney", "base_model": "tiny://cogvideox-i2v", "variant": "CogVideoX 1.0 i2v", "step": "7",
         "id_token": "DISNEY", "learned_positions": "true", "version": "",
     }  # fmt: skip
-    assert read_adapter(run.folder, network).scales["transformer_blocks.0.attn1.to_q"] == 0.5
+    assert read_adapter(run.folder, network).scales["transformer_blocks.0.attn1.to_q"] == 1
+    assert LORA.scale == 0.5
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        Lora(rank=8, alpha=4.0),
+        Lora(rank=4, alpha=12.0, dora=True),
+        Lora(rank=4, alpha=3.0, targets="attention+mlp"),
+        Lora(rank=4, alpha=3.0, targets=r"0\.attn1\.to_(q|out)|time_embedding|proj_out"),
+    ],
+    ids=["alpha", "dora", "mlp", "regex"],
+)
+def test_a_run_keeps_its_adapter_as_diffusers_reads_it(lora: Lora, tmp_path: Path) -> None:
+    """One file: what `load_lora_weights` makes of final/ is what our own loading makes of it, at the same strength."""
+    run = make_run(tmp_path / "run", replace(t2v_lora_tiny(), lora=lora))
+    model, state = trained(maker("cogvideox-t2v"), lora)
+    save_trained(model, run.recipe, run)
+    assert [p.name for p in run.final.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    with safe_open(run.weights, "pt") as file:
+        fields = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert fields["transformer.r"] == fields["transformer.lora_alpha"] == lora.rank
+    pipe = pipeline("cogvideox-t2v")
+    pipe.load_lora_weights(run.final)
+    assert error(pipe.transformer, network_of(model), base_of("cogvideox-t2v")) < 1e-5
+    ours = adapter_state(build_trained(run))
+    assert ours.keys() == state.keys()
+    for key, tensor in state.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=1e-6, atol=0)
 
 
 def test_positions_that_were_left_out_are_told(tmp_path: Path) -> None:
@@ -156,7 +189,7 @@ def test_positions_that_were_left_out_are_told(tmp_path: Path) -> None:
     recipe = replace(recipe, lora=LORA, data=replace(recipe.data, height=48, width=48))
     run = make_run(tmp_path / "run", recipe)
     build = lambda: config("cogvideox-i2v").build(replace(IO, grid=(3, 6, 6)))
-    write_adapter(run.weights, adapter_of(trained(build)[0]))
+    write_diffusers(run.final, adapter_of(trained(build)[0]))
     export_run(run, "diffusers")
     assert read_adapter(run.folder / "exports" / "diffusers", build().transformer).about["learned_positions"] == "false"
     export_run(run, "full")
@@ -172,9 +205,11 @@ def test_a_run_of_all_weights(tmp_path: Path) -> None:
     save_weights(run.weights, fine_tuned("cogvideox-t2v").state_dict())
     with pytest.raises(ValueError, match="--to peft is for LoRAs, and this run trained all weights; use --to full"):
         export_run(run, "peft")
-    assert export_run(run, "full").max_difference == 0
+    done = export_run(run, "full")
+    assert done.max_difference <= ROUNDING * done.largest
     pipe = CogVideoXPipeline.from_pretrained(run.folder / "exports" / "full", dtype=torch.float32)
-    assert torch.equal(output(pipe.transformer), output(fine_tuned("cogvideox-t2v").transformer))
+    wanted = fine_tuned("cogvideox-t2v").transformer.state_dict()
+    assert all(torch.equal(wanted[k], v) for k, v in pipe.transformer.state_dict().items())
 
 
 def test_a_lora_run_over_a_run_of_ours(tmp_path: Path) -> None:
@@ -190,7 +225,7 @@ def test_a_lora_run_over_a_run_of_ours(tmp_path: Path) -> None:
     add_lora(model, LORA, seed=0)
     for key, tensor in shake(adapter_state(model)).items():
         adapter_state(model)[key].copy_(tensor)
-    write_adapter(run.weights, adapter_of(model))
+    write_diffusers(run.final, adapter_of(model))
     done = export_run(run, "peft")
     assert done.strength == pytest.approx(1, abs=1e-4)
     assert done.largest == pytest.approx(float(probe_of(io)(model).detach().abs().max()))

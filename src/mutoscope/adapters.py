@@ -35,7 +35,6 @@ DOWN, UP, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 """Of each adapted layer: A (rank, in), B (out, rank), and DoRA's magnitudes (out,)."""
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
-RUN_FILE = "final/model.safetensors"
 HEADER, ABOUT = "lora_adapter_metadata", "mutoscope"
 """Keys of a file's header: diffusers' own, with rank and alpha, and ours, with where the adapter is from."""
 
@@ -93,14 +92,9 @@ def linear_layers(network: nn.Module) -> dict[str, nn.Linear]:
 # ---- writing
 
 
-def write_adapter(path: Path, adapter: Adapter) -> None:
-    """Write an adapter as it is, with the alpha of its training beside it: what a run keeps, and `read_adapter` reads
-    (as does `load_lora_adapter(..., prefix=None)` of a diffusers transformer)."""
-    save_weights(path, adapter.state, {HEADER: json.dumps(_peft_fields(adapter)), ABOUT: _dump(adapter.about)})
-
-
 def write_diffusers(folder: Path, adapter: Adapter, dtype: torch.dtype = torch.float32) -> Path:
-    """Write the file that `load_lora_weights` of a diffusers pipeline reads, be the header known to it or not."""
+    """Write the file that `load_lora_weights` of a diffusers pipeline reads, be the header known to it or not; a run
+    keeps its adapter in it, too."""
     adapter = adapter.scaled(dtype=dtype)
     header = {f"transformer.{key}": value for key, value in _peft_fields(adapter).items()}
     path = folder / DIFFUSERS_FILE
@@ -205,7 +199,7 @@ def _find(path: Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such adapter")
     if path.is_dir():
-        path = path / "final" if (path / RUN_FILE).is_file() else path
+        path = path / "final" if (path / "final").is_dir() else path
         found = sorted(p.name for p in path.glob("*.safetensors"))
         chosen = [name for name in (DIFFUSERS_FILE, PEFT_FILE) if name in found] or found
         if len(chosen) != 1:

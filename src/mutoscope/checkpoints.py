@@ -8,7 +8,6 @@ at a time straight into the dtype that is wanted: no second copy. No code of a c
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mutoscope.errors import listed
+from mutoscope.hub import INSTALL, download, is_hub_id
 from mutoscope.known_checkpoints import DEFAULTS, KNOWN, Config
 from mutoscope.tiny_checkpoints import make_tiny, tiny_config
 
@@ -38,10 +38,7 @@ _CLASSES = {
 """The classes that may stand in a part's config.json, and the library of each."""
 _CONFIG_FILES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 _WEIGHT_FILES = ("diffusion_pytorch_model", "model")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-INSTALL = 'pip install "mutoscope[cogvideox]"'
-"""What brings the libraries that pretrained models are loaded by."""
 
 
 def open_checkpoint(path: str, parts: Sequence[str] = PARTS) -> Path:
@@ -190,25 +187,10 @@ def _patterns(part: str) -> list[str]:
 
 
 def _download(path: str, patterns: Iterable[str]) -> Path:
-    if not _HUB_ID.fullmatch(path):
+    if not is_hub_id(path):
         raise FileNotFoundError(f"{path}: no such folder; nor is it the id of a model on the Hugging Face Hub, as in "
                                 "THUDM/CogVideoX-5b")  # fmt: skip
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-    except ImportError as error:
-        raise ValueError(f"{path}: models on the Hugging Face Hub take huggingface_hub: {INSTALL}") from error
-    try:
-        return Path(snapshot_download(path, allow_patterns=["model_index.json", *patterns]))
-    except GatedRepoError:
-        reason = f"its owner asks you to accept a licence: do so at https://huggingface.co/{path}, then `hf auth login`"
-    except RepositoryNotFoundError:
-        reason = "no such folder here, and no such model on the Hugging Face Hub (or it is private: `hf auth login`)"
-    except Exception as error:  # of whichever HTTP library it has come to use
-        told = (str(error) or type(error).__name__).splitlines()[0]
-        reason = ("no such folder here, not in the cache of the Hugging Face Hub, and the Hub can't be reached "
-                  f"({told}); give the path of a copy on this machine")  # fmt: skip
-    raise FileNotFoundError(f"{path}: {reason}")
+    return download(path, kind="model", patterns=["model_index.json", *patterns])
 
 
 def _what_it_is(path: Path) -> str:

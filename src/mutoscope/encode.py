@@ -9,7 +9,6 @@ hardware, with the same number of workers). Clips added to the data since are ap
 from __future__ import annotations
 
 import fcntl
-import multiprocessing
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -51,7 +50,7 @@ from mutoscope.errors import ConfigError, listed
 from mutoscope.progress import Bars
 from mutoscope.recipe import Autoencoder, Data, Recipe
 from mutoscope.types import NO_LABEL
-from mutoscope.workers import follow_parent
+from mutoscope.workers import follow_parent, keep_memory, worker_context
 
 Work = list[tuple[StoredItem, Item]]
 """Clips to encode."""
@@ -83,6 +82,8 @@ def encode(recipe: Recipe, out: Path, workers: int = 0, progress: bool = True, t
         raise ConfigError(*problems)
     recipe = recipe.model.complete(recipe)
     assert recipe.autoencoder is not None
+    if workers:
+        worker_context()
     encoder = build_encoder(recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu"), trust_code=trust_code)
     for shape in recipe.data.shapes(recipe.batch_size):
         encoder.spec.latent_shape(shape.frames, shape.height, shape.width)
@@ -284,7 +285,7 @@ def _images(job: Job, shard: int) -> AbstractContextManager[ShardWriter | None]:
 
 def _in_processes(job: Job, shards: list[tuple[int, Work]], workers: int, tell: Tell) -> None:
     """`encode_shards` in spawned processes, every one on its share of the shards."""
-    context = multiprocessing.get_context("spawn")  # a fork would copy locks of torch's and CUDA's threads
+    context = worker_context()
     threads = max(1, torch.get_num_threads() // workers)
     processes = {}
     try:
@@ -320,6 +321,7 @@ def _in_processes(job: Job, shards: list[tuple[int, Work]], workers: int, tell: 
 def _work(job: Job, shards: list[tuple[int, Work]], device: str, threads: int, pipe: connection.Connection) -> None:
     """The life of a worker process."""
     follow_parent()
+    keep_memory()
     torch.set_num_threads(threads)
     try:
         encode_shards(job, shards, device, pipe.send)

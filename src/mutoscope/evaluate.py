@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from mutoscope.data.buckets import iterate_once
-from mutoscope.data.dataset import VideoDataset, make_loader, to_pixels
+from mutoscope.data.dataset import VideoDataset, to_pixels
 from mutoscope.data.flying_mnist import preset_of
+from mutoscope.data.loader import make_loader
 from mutoscope.files import replacing
 from mutoscope.metrics.frechet import FrechetDistance, random_conv_features
 from mutoscope.metrics.glyph import GlyphMetric
@@ -101,6 +102,7 @@ def _judge_samples(
     figures = {"seconds_per_clip": (time.monotonic() - started) / num}
 
     real = torch.stack([clips[i, i].video for i in range(min(len(clips), MOST_REAL))])
+    real = real[:, : drawn.shape[1]]  # a model of windows draws shorter ones
     frechet = FrechetDistance(random_conv_features(seed=0))
     frechet.update(drawn, real=False)
     frechet.update(real, real=True)

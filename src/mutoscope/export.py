@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import mutoscope
-from mutoscope.adapters import linear_layers, write_adapter, write_diffusers, write_kohya, write_peft
+from mutoscope.adapters import linear_layers, read_adapter, write_diffusers, write_kohya, write_peft
 from mutoscope.build import build_model, build_trainee, model_io
 from mutoscope.checkpoints import open_checkpoint
 from mutoscope.files import new_folder
@@ -31,7 +31,7 @@ from mutoscope.run import Run
 from mutoscope.sharded import whole
 from mutoscope.training.lora import adapter_of, add_lora, load_adapter_state, merged_weights, network_of
 from mutoscope.types import DTYPES, Cond, ModelIO
-from mutoscope.weights import load_file, read_weights, save_weights
+from mutoscope.weights import load_file, save_weights
 
 AdapterLayout = Literal["diffusers", "peft", "comfyui"]
 Layout = Literal["diffusers", "peft", "comfyui", "full"]
@@ -85,7 +85,7 @@ def export_run(
             out,
             build=lambda: build_trainee(replace(recipe, lora=None)),
             lora=recipe.lora,
-            state=read_weights(run.weights),
+            state=_trained_state(run, recipe, recipe.lora),
             probe=probe,
             about={"name": run.folder.resolve().name} | origin_of(recipe),
             dtype=DTYPES[dtype or "fp32"],
@@ -106,22 +106,30 @@ def export_run(
         checkpoint=open_checkpoint(recipe.model.path),
         build=build,
         lora=recipe.lora,
-        state=read_weights(run.weights) if recipe.lora is not None else {},
+        state=_trained_state(run, recipe, recipe.lora) if recipe.lora is not None else {},
         probe=probe,
         dtype=DTYPES[dtype] if dtype is not None else None,
     )
 
 
-def save_trained(model: nn.Module, recipe: Recipe, path: Path, write: bool = True) -> None:
-    """Write what training made: all weights; or adapters alone, with their alphas, where the recipe has some. Where
-    processes hold the model in parts they call this together, as `save_weights`."""
+def _trained_state(run: Run, recipe: Recipe, lora: Lora) -> dict[str, Tensor]:
+    """What `adapter_state` gave at the end of training."""
+    with torch.device("meta"):
+        network = network_of(build_model(recipe))
+    return read_adapter(run.weights, network).scaled(lora.scale).state
+
+
+def save_trained(model: nn.Module, recipe: Recipe, run: Run, write: bool = True) -> None:
+    """Write what training made to the run's final/: all weights; or, where the recipe has adapters, those alone, as
+    `load_lora_weights` of a diffusers pipeline reads them. Where processes hold the model in parts they call this
+    together, as `save_weights`, and one of them with `write`."""
     if recipe.lora is not None:
         adapter = adapter_of(model, origin_of(recipe))
         adapter = replace(adapter, state={key: whole(tensor) for key, tensor in adapter.state.items()})
         if write:
-            write_adapter(path, adapter)
+            write_diffusers(run.final, adapter)
     else:
-        save_weights(path, model.state_dict(), {"recipe": type(recipe.model).__name__}, write)
+        save_weights(run.weights, model.state_dict(), {"recipe": type(recipe.model).__name__}, write)
 
 
 def origin_of(recipe: Recipe) -> dict[str, str]:

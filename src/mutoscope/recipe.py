@@ -1,8 +1,7 @@
 """A recipe: everything that decides what is trained and how, as one tree of frozen dataclasses.
 
-A recipe is what a function annotated ``-> Recipe`` returns (`recipes/`), or a ``recipe.toml``. Its parts with a fixed
-form are below. `ModelConfig`, `ObjectiveConfig` and `TextConfig` are open: a subclass beside a new network or loss is
-all that it takes to use it in a recipe.
+A recipe is what a function annotated ``-> Recipe`` returns (`recipes/`), or a ``recipe.toml``. `ModelConfig`,
+`ObjectiveConfig` and `TextConfig` are open: a subclass beside a new network or loss is all that it takes to use it.
 
 Every attribute's docstring is also its help on the command line, its comment in TOML and its tooltip in an editor.
 """
@@ -39,6 +38,10 @@ class ModelConfig:
 class ObjectiveConfig:
     """What is learned. May call the model only through ``model(...)``: a call to any other method by-passes the
     hooks of DDP and FSDP and leaves gradients that differ between ranks, silently."""
+
+    def out_channels(self, channels: int) -> int:
+        """Channels that it wants of a denoiser for latents of so many."""
+        return channels
 
     def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Loss:
         """The batch's loss; all randomness comes from `draw`."""
@@ -180,6 +183,9 @@ class Data(ClipSet):
     """Broken clips that a run goes on without; one more stops it."""
     timeout: float = 60.0
     """Seconds after which the reading of a clip is given up and the clip counts as broken."""
+    latent_window: int | None = None
+    """Latents along time that the model is given of each clip, another random stretch of them each time; samples are
+    as long. none: all of the clip's."""
     latents: str | None = None
     """A LatentStore made by `mutoscope encode`; training then reads it in place of the clips."""
     workers: int = 0
@@ -260,8 +266,9 @@ class Lora:
 class Sampler:
     """How videos are drawn."""
 
-    method: Literal["euler", "heun", "ddim"] = "euler"
-    """The solver. Euler is DDIM with eta = 0 (the same update); Heun calls the model twice a step."""
+    method: Literal["euler", "heun", "ddim", "dpmpp_2m", "ancestral"] = "euler"
+    """The solver. Euler is DDIM with eta = 0 (the same update); Heun calls the model twice a step; DPM-Solver++ (2M)
+    needs the fewest steps; ancestral sampling puts noise back, by the learned variance where the objective has one."""
     steps: int = 30
     """Steps from noise to video."""
     guidance_scale: float = 1.0

@@ -2,9 +2,11 @@
 
 recipe.toml        the resolved recipe            samples/STEP.mp4, .png   what the model draws, on the way
 environment.json   versions, git, hardware        checkpoints/STEP/        to resume from
-latents.json       mean and std of the latents    final/model.safetensors  the weights to use
+latents.json       mean and std of the latents    final/*.safetensors      the weights to use
 metrics.jsonl      one line per logged step       tensorboard/             the same, for TensorBoard
 quarantine.jsonl   one line per broken clip
+
+final/ holds model.safetensors, all weights; or, of a LoRA, pytorch_lora_weights.safetensors as diffusers reads it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 
 import torch
 
+from mutoscope.adapters import DIFFUSERS_FILE
 from mutoscope.config import classes, to_dict
 from mutoscope.data.store import LatentStats
 from mutoscope.files import replacing
@@ -53,7 +56,13 @@ class Run:
         self.quarantine_file = folder / "quarantine.jsonl"
         self.samples = folder / "samples"
         self.checkpoints = folder / "checkpoints"
-        self.weights = folder / "final" / "model.safetensors"
+        self.final = folder / "final"
+
+    @property
+    def weights(self) -> Path:
+        """The file of what training made, which is there once the run is finished."""
+        adapter = self.final / DIFFUSERS_FILE
+        return adapter if adapter.exists() else self.final / "model.safetensors"
 
     @property
     def recipe(self) -> Recipe:

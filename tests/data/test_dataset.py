@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from mutoscope.data.buckets import Plan, iterate_once, make_pools
-from mutoscope.data.dataset import Clips, VideoDataset, content_hash, make_loader, to_pixels, to_uint8
+from mutoscope.data.dataset import Clips, VideoDataset, content_hash, to_pixels, to_uint8
 from mutoscope.data.flying_mnist import PRESETS, render
+from mutoscope.data.loader import BLOCK, PackedItems, make_loader
 from mutoscope.data.media import Media
 from mutoscope.data.sources.layouts import Clip
 from mutoscope.data.video import VideoError, write_video
@@ -211,6 +212,15 @@ def test_workers_change_nothing(data: Data) -> None:
     assert read[0][0].video.shape == (3, 8, 16, 16, 3)
     assert all(map(equal, read[0], read[1])) and all(map(equal, read[0], read[2]))
     assert sum(len(b.broken) for b in read[1]) >= 4 and [b.broken for b in read[0]] == [b.broken for b in read[2]]
+
+
+def test_packed_items_are_the_items(data: Data) -> None:
+    items = VideoDataset(replace(data, window="all", window_interval=1), "train", 0).items
+    packed = PackedItems(items)
+    assert len(items) > 2 * BLOCK and list(packed) == list(items)
+    assert packed[-1] == items[-1] and packed[15:18] == items[15:18]
+    with pytest.raises(IndexError):
+        packed[len(items)]
 
 
 def test_a_resumed_loader_goes_on_as_if_it_had_not_stopped(data: Data) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from mutoscope.adapters import write_adapter, write_diffusers, write_kohya, write_peft
+from mutoscope.adapters import write_diffusers, write_kohya, write_peft
 from mutoscope.checkpoints import load_part, open_checkpoint
 from mutoscope.data.video import write_video
 from mutoscope.known_checkpoints import TINY
@@ -134,7 +134,7 @@ def test_without_guidance_the_negative_prompt_is_not_asked_for() -> None:
     embedded = embed_prompts(path(), [asked], "fp32")
     assert list(embedded) == [PROMPT]
     drawn = Drawer(path(), transformer(), embedded).latents(asked)
-    assert torch.equal(drawn, plain_latents(guidance_scale=1.0))
+    torch.testing.assert_close(drawn, plain_latents(guidance_scale=1.0), rtol=0, atol=1e-5)  # of other addresses
 
 
 def test_cogvideos_dynamic_guidance_is_the_pipelines() -> None:
@@ -381,7 +381,7 @@ def test_an_adapter_draws_what_was_trained_in_every_layout(tmp_path: Path) -> No
     adapter = adapter_of(trained)
     files = [write_diffusers(tmp_path / "diffusers", adapter), write_peft(tmp_path / "peft", adapter)]
     files.append(write_kohya(tmp_path / "kohya.safetensors", adapter))
-    write_adapter(tmp_path / "run" / "final" / "model.safetensors", adapter)
+    write_diffusers(tmp_path / "run" / "final", adapter)
     for file in [*files, tmp_path / "run"]:
         net = transformer()
         load_adapters(net, [AdapterFile(path=file)])

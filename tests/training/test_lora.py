@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mutoscope.adapters import write_adapter, write_diffusers, write_kohya
+from mutoscope.adapters import write_diffusers, write_kohya
 from mutoscope.models.cogvideox import CogVideoX, CogVideoXModel
 from mutoscope.models.dit import DiT, DiTModel
 from mutoscope.recipe import Lora
@@ -406,9 +406,7 @@ def test_start_from_an_adapter_of_another_alpha(tmp_path: Path, dora: bool) -> N
     add_lora(source, Lora(rank=4, alpha=2.0, dora=dora), seed=0)
     shake(source)
     base, there = output(cogvideox()), output(source)
-    write_adapter(tmp_path / "own.safetensors", adapter_of(source))
-    write_diffusers(tmp_path, adapter_of(source))
-    files = ["own.safetensors", "pytorch_lora_weights.safetensors"]
+    files = [write_diffusers(tmp_path, adapter_of(source)).name]
     if not dora:
         write_kohya(tmp_path / "comfy.safetensors", adapter_of(source))
         files.append("comfy.safetensors")
@@ -418,15 +416,14 @@ def test_start_from_an_adapter_of_another_alpha(tmp_path: Path, dora: bool) -> N
             add_lora(model, Lora(rank=4, alpha=alpha, dora=dora, init_from=str(tmp_path / file)), seed=5)
             assert (output(model) - there).norm() < 1e-5 * (there - base).norm()
     same = cogvideox()
-    add_lora(same, Lora(rank=4, alpha=2.0, dora=dora, init_from=str(tmp_path / "own.safetensors")), seed=5)
+    add_lora(same, Lora(rank=4, alpha=2.0, dora=dora, init_from=str(tmp_path / files[0])), seed=5)
     assert all(torch.equal(v, adapter_state(same)[k]) for k, v in adapter_state(source).items())
 
 
 def test_an_adapter_that_does_not_fit_the_recipe(tmp_path: Path) -> None:
     source = cogvideox()
     add_lora(source, Lora(rank=4), seed=0)
-    write_adapter(tmp_path / "f.safetensors", adapter_of(source))
-    start = Lora(rank=4, init_from=str(tmp_path / "f.safetensors"))
+    start = Lora(rank=4, init_from=str(write_diffusers(tmp_path, adapter_of(source))))
     for lora, told in [
         (replace(start, rank=8), r"init_from=.*8 things do not fit:\n  .*of rank 4, lora.rank=8"),
         (replace(start, targets="attention+mlp"), r"4 things do not fit:\n  .*ff.net.0.proj: not in the adapter"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -13,7 +13,7 @@ import torch
 import xxhash
 from jaxtyping import Float, Int, Int64, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from mutoscope.data import flying_mnist as mnist
 from mutoscope.data.buckets import available_frames, choose_bucket, name_of
@@ -21,7 +21,7 @@ from mutoscope.data.captions import check_captions, choose, variants
 from mutoscope.data.flying_mnist import FLYING_MNIST, Split
 from mutoscope.data.index import ClipInfo, inspect
 from mutoscope.data.media import Media
-from mutoscope.data.sources.layouts import Clip, list_data
+from mutoscope.data.sources.layouts import Clip, list_data, rare_collections
 from mutoscope.data.video import FrameIndex, VideoError, frame_index, frames_at, read_frames, resize
 from mutoscope.errors import listed
 from mutoscope.randomness import seed_of
@@ -104,8 +104,9 @@ def list_and_look(data: Data, begin: Callable[[int], Callable[[], None]] = lambd
 
     begin: called with the number of clips before they are looked at; what it returns is called for each.
     """
-    clips = list_data(data)
-    return Listing(clips, inspect(clips, data.timeout, begin(len(clips))))
+    with rare_collections():
+        clips = list_data(data)
+        return Listing(clips, inspect(clips, data.timeout, begin(len(clips))))
 
 
 class VideoDataset(Dataset[Sample]):
@@ -126,19 +127,18 @@ class VideoDataset(Dataset[Sample]):
             raise ValueError(f"data.root={data.root}: no clips in {split} (data.val_fraction={data.val_fraction})")
         _check_labels(clips, data.num_labels)
         check_captions(clips, data)
-        self.items, self.broken, self.left_out = _sort_out(clips, data, [info for _, info in ours])
+        self.items: Sequence[Item]
+        with rare_collections():
+            self.items, self.broken, self.left_out = _sort_out(clips, data, [info for _, info in ours])
         if not self.items:
             raise ValueError(f"data.root={data.root}: no usable clip among the {len(clips)} of {split}; "
                              + listed([f"{b.id}: {b.reason}" for b in self.broken] + self.left_out))  # fmt: skip
+        self.groups = [item.bucket for item in self.items]
+        """The bucket of each item."""
         self._cached: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.items)
-
-    @property
-    def groups(self) -> list[int]:
-        """The bucket of each item."""
-        return [item.bucket for item in self.items]
 
     @property
     def sets(self) -> list[int]:
@@ -191,8 +191,8 @@ class VideoDataset(Dataset[Sample]):
                 return replace(self[index, sample], broken=tuple(broken.values()))
             except VideoError as error:
                 broken[index] = Broken(id=self.items[index].id, reason=str(error))
-                bucket = self.items[index].bucket
-                others = [i for i in others or range(len(self)) if self.items[i].bucket == bucket and i not in broken]
+                bucket = self.groups[index]
+                others = [i for i in others or range(len(self)) if self.groups[i] == bucket and i not in broken]
                 if not others:
                     break
                 index = others[seed_of(self.seed, "substitute", sample, len(broken)) % len(others)]
@@ -239,26 +239,6 @@ def collate(samples: Sequence[Sample]) -> Clips:
         labels=torch.tensor([s.label for s in samples]),
         broken=tuple(b for s in samples for b in s.broken),
     )
-
-
-def make_loader(dataset: VideoDataset, batches: Iterable[list[tuple[int, int]]], workers: int = 0) -> Iterator[Clips]:
-    """The clips of these batches, in order and the same for any number of worker processes; 0 reads them here.
-
-    Raises VideoError where many clips in a row can't be read (see `VideoDataset.read`).
-    """
-    loader = DataLoader(
-        _Quiet(dataset),
-        batch_sampler=batches,
-        collate_fn=_collate_or_error,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        multiprocessing_context="spawn" if workers else None,  # A fork would copy locks of torch's and CUDA's threads.
-        generator=torch.Generator(),  # Else the loader draws its workers' seed from the global one.
-    )
-    for clips in loader:
-        if isinstance(clips, VideoError):
-            raise clips
-        yield clips
 
 
 def to_pixels(video: UInt8[Tensor, "b t h w c"]) -> Float[Tensor, "b c t h w"]:
@@ -322,12 +302,13 @@ def _sort_out(
     """
     items, broken, short = [], [], []
     shapes = data.shapes(1)
+    bucket_of = lru_cache(lambda *size: choose_bucket(*size, shapes, data.short))  # Most clips are of a few sizes.
     for clip, info in zip(clips, infos, strict=True):
         if isinstance(info, str):
             broken.append(Broken(id=clip.id, reason=info))
             continue
         frames = available_frames(info, data)
-        bucket = choose_bucket(frames, info.height, info.width, shapes, data.short)
+        bucket = bucket_of(frames, info.height, info.width)
         if isinstance(bucket, str):
             short.append(f"{clip.path}: {bucket}")
         elif data.window == "all":
@@ -376,23 +357,3 @@ def _frames(clip: Clip, numbers: Int64[np.ndarray, "n"], timeout: float) -> UInt
     if clip.path.startswith(FLYING_MNIST):
         return mnist.render(*_drawn(clip)).frames[numbers]
     return read_frames(clip.media, numbers, timeout)
-
-
-class _Quiet(Dataset["Sample | VideoError"]):
-    """Hands errors back as values: raised in a worker, torch would bury the text in a traceback."""
-
-    def __init__(self, dataset: VideoDataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, key: tuple[int, int]) -> Sample | VideoError:
-        try:
-            return self.dataset.read(*key)
-        except VideoError as error:
-            return error
-
-
-def _collate_or_error(samples: list[Sample | VideoError]) -> Clips | VideoError:
-    for sample in samples:
-        if isinstance(sample, VideoError):
-            return sample
-    return collate([s for s in samples if isinstance(s, Sample)])

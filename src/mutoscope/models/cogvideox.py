@@ -61,10 +61,16 @@ class CogVideoX(ModelConfig):
 
     def complete(self, recipe: Recipe) -> Recipe:
         """Text encoder and autoencoder of the same checkpoint where the recipe leaves their paths empty; always the
-        checkpoint's own noise schedule (that of another is a silent error) and, for image to video, the first frame."""
+        checkpoint's own noise schedule (that of another is a silent error) and, for image to video, the first frame.
+
+        Raises ValueError for sizes that the model does not take, before any clip is looked at.
+        """
         from mutoscope.objectives.diffusion import Diffusion
         from mutoscope.text.t5 import T5
 
+        config = part_config(self.path, "transformer")
+        for bucket in recipe.data.shapes(recipe.batch_size):
+            check_shape(config, bucket.frames, bucket.height, bucket.width)
         if isinstance(recipe.objective, Diffusion):
             recipe = replace(recipe, objective=replace(recipe.objective, **scheduler_fields(self.path)))
         if isinstance(recipe.text, T5) and not recipe.text.path:
@@ -83,6 +89,8 @@ class CogVideoX(ModelConfig):
         if io.channels != config["out_channels"] or io.vocab is not None:
             raise ValueError(f"model.path={self.path}: takes latents of {config['out_channels']} channels, those of "
                              f"its own autoencoder; the recipe's autoencoder has {io.channels}")  # fmt: skip
+        if io.out_channels not in (None, io.channels):
+            raise ValueError(f"model.path={self.path}: predicts no variance; set objective.learned_variance = false")
         if io.text_dim != config["text_embed_dim"]:
             raise ValueError(f"model.path={self.path}: takes text embeddings of width {config['text_embed_dim']}, "
                              f"those of its own text encoder; the recipe's text has {io.text_dim}")  # fmt: skip
@@ -193,6 +201,9 @@ class CogVideoXModel(nn.Module):
         return cond.text
 
     def _with_known(self, x: Tensor, cond: Cond) -> Tensor:
+        if cond.known_mask is not None:
+            raise ValueError("CogVideoX has one time for all frames, and takes none that are given in place of noise; "
+                             "set objective.prefix_share = 0")  # fmt: skip
         if not self.is_image_to_video:
             if cond.known is not None:
                 raise ValueError("this CogVideoX is for text to video and was given an image (cond.known); take one "

@@ -7,14 +7,13 @@ knows at once what a plain one has to find by attention (minisora's "mdGPT" idea
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mutoscope.types import NO_LABEL, Cond
+from mutoscope.types import NO_LABEL, Cond, ModelIO
 
 NEIGHBOURS = (
     (0, 0, -1), (0, -1, -1), (0, -1, 0), (0, -1, 1),
@@ -25,21 +24,21 @@ NEIGHBOURS = (
 Positions = Literal["3d", "1d"]
 
 
-@cache
-def neighbour_places(grid: tuple[int, int, int], neighbours: bool) -> Int[Tensor, "n k"]:
-    """For each position of a grid, in raster order: the position before it and, where `neighbours`, those of
-    NEIGHBOURS. t·h·w stands for a place outside of the clip, t·h·w + 1 for the one before its first position."""
+def places_around(
+    positions: Int[Tensor, "#b n"], grid: tuple[int, int, int], neighbours: Int[Tensor, "k 3"] | None
+) -> Int[Tensor, "#b n j"]:
+    """For each position: the place before it in raster order and then, where there are `neighbours` (offsets in t, h
+    and w), theirs. t·h·w stands for a place outside of the clip, t·h·w + 1 for the one before its first position."""
     t, h, w = grid
     total = t * h * w
-    before = torch.arange(-1, total - 1)
-    before[0] = total + 1
-    if not neighbours:
-        return before[:, None]
-    place = torch.stack(torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij"), -1).reshape(-1, 1, 3)
-    there = place + torch.tensor(NEIGHBOURS)
-    inside = ((there >= 0) & (there < torch.tensor(grid))).all(-1)
-    around = torch.where(inside, (there[..., 0] * h + there[..., 1]) * w + there[..., 2], total)
-    return torch.cat([before[:, None], around], dim=1)
+    before = torch.where(positions > 0, positions - 1, total + 1)[..., None]
+    if neighbours is None:
+        return before
+    place = torch.stack([positions // (h * w), positions // w % h, positions % w], dim=-1)
+    there_t, there_h, there_w = (place[..., None, :] + neighbours).unbind(-1)
+    inside = (there_t >= 0) & (there_h >= 0) & (there_h < h) & (there_w >= 0) & (there_w < w)
+    around = torch.where(inside, (there_t * h + there_h) * w + there_w, total)
+    return torch.cat([before, around], dim=-1)
 
 
 def positions_of(start: Int[Tensor, "b"] | None, length: int | None, total: int, like: Tensor) -> Int[Tensor, "#b n"]:
@@ -52,8 +51,19 @@ def positions_of(start: Int[Tensor, "b"] | None, length: int | None, total: int,
     return start[:, None] + torch.arange(length, device=like.device)
 
 
+def token_shapes(io: ModelIO) -> tuple[int, tuple[int, int, int]]:
+    """(number of codes, largest grid) of a model over tokens. Raises ValueError where the recipe has no codes."""
+    if io.vocab is None:
+        raise ValueError("this model is over tokens: the recipe needs an autoencoder with codes (model.bottleneck of "
+                         "vq, ema_vq, kl_vq, fsq or lfq)")  # fmt: skip
+    t, h, w = (max(sizes) for sizes in zip(io.grid, *io.more_grids, strict=True))
+    return io.vocab, (t, h, w)
+
+
 class TokenInputs(nn.Module):
     """Tokens (b, t, h, w), Cond, positions (#b, n) -> embeddings (b, n, d)."""
+
+    neighbours: Tensor | None
 
     def __init__(
         self,
@@ -68,7 +78,9 @@ class TokenInputs(nn.Module):
         """grid: the largest (t, h, w) that there will be. positions: a table for each of t, h and w, or one for the
         position in raster order."""
         super().__init__()
-        self.vocab, self.neighbours = vocab, neighbours
+        self.vocab, self.grid = vocab, grid
+        offsets = torch.tensor(NEIGHBOURS) if neighbours else None
+        self.register_buffer("neighbours", offsets, persistent=False)
         sizes = grid if positions == "3d" else (grid[0] * grid[1] * grid[2],)
         self.tables = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
         # Behind the codes: a place outside of the clip, and what is before its first token (BOS)
@@ -84,12 +96,14 @@ class TokenInputs(nn.Module):
     def forward(
         self, tokens: Int[Tensor, "b t h w"], cond: Cond, positions: Int[Tensor, "#b n"]
     ) -> Float[Tensor, "b n d"]:
+        """Raises ValueError for a clip that is larger than `grid`."""
         _, t, h, w = tokens.shape
-        outside = tokens.new_tensor([self.vocab, self.vocab + 1]).expand(len(tokens), -1)
-        known = torch.cat([tokens.flatten(1), outside], dim=1)
-        places = neighbour_places((t, h, w), self.neighbours).to(tokens.device)[positions]  # (#b, n, k)
-        places = places.expand(len(tokens), -1, -1)
-        around = self.codes(known.gather(1, places.flatten(1)).view(places.shape))  # (b, n, k, d)
+        if any(size > largest for size, largest in zip((t, h, w), self.grid, strict=True)):
+            raise ValueError(f"tokens of {t} × {h} × {w}: this model knows positions up to {self.grid}")
+        total = t * h * w
+        places = places_around(positions, (t, h, w), self.neighbours).expand(len(tokens), -1, -1)
+        found = tokens.flatten(1).gather(1, places.clamp(max=total - 1).flatten(1)).view(places.shape)
+        around = self.codes(torch.where(places < total, found, places - total + self.vocab))  # (b, n, k, d)
         x = around[:, :, 0] if self.join is None else self.join(around.flatten(2))
         x = x + self._place(positions, (t, h, w))
         if self.label is not None:

@@ -29,7 +29,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mutoscope.adapters import read_adapter
-from mutoscope.checkpoints import INSTALL, load_part, part_config
+from mutoscope.checkpoints import load_part, part_config
+from mutoscope.hub import INSTALL
 from mutoscope.models.cogvideox import LATENTS
 from mutoscope.samplers.request import Request, Solver, check_requests, image_of, video_of
 from mutoscope.text.t5 import T5

@@ -15,6 +15,9 @@ from mutoscope.randomness import Draw
 from mutoscope.recipe import TokenSampler
 from mutoscope.types import Cond, TokenCache, TokenModel
 
+CHUNK = 1024
+"""Known positions that the model sees at a time; more would need masks of great size."""
+
 
 @torch.no_grad()
 def sample_tokens(
@@ -24,6 +27,7 @@ def sample_tokens(
     grid: tuple[int, int, int],
     draw: Draw,
     known: Int[Tensor, "b t1 h w"] | None = None,
+    window: int = 0,
     on_step: Callable[[], None] = lambda: None,
 ) -> Int[Tensor, "b t h w"]:
     """Tokens of one video for each of `draw`'s streams.
@@ -32,35 +36,39 @@ def sample_tokens(
         cond: what to draw, one row a video.
         grid: (t, h, w) of a video.
         known: tokens of the first frames, which are kept.
+        window: positions that the model attended to while it was trained; 0 for all.
         on_step: called after each frame of tokens, for progress.
     """
     batch, (t, h, w) = len(draw.generators), grid
+    total, first = t * h * w, 0 if known is None else known.shape[1] * h * w
     tokens = torch.zeros(batch, t, h, w, dtype=torch.long, device=draw.device)
-    first = 0 if known is None else known.shape[1]
+    flat = tokens.flatten(1)  # the same memory
     if known is not None:
-        tokens[:, :first] = known
+        flat[:, :first] = known.flatten(1)
+    quantiles = draw.uniform(total)
     guided = sampler.guidance_scale != 1
     if guided:
         cond = Cond.stack([cond, cond.dropped(torch.ones(batch, dtype=torch.bool, device=draw.device))])
-    flat, cache = tokens.flatten(1), TokenCache()
+    cache = TokenCache(window=window)
 
-    def logits(start: int, length: int) -> Float[Tensor, "b k"]:
-        """Of the last of `length` positions from `start` on."""
+    def logits(start: int, stop: int) -> Float[Tensor, "b k"]:
+        """Of the position before `stop`; the cache covers those before `start`."""
         rows = torch.cat([tokens, tokens]) if guided else tokens
         at = torch.full((len(rows),), start, device=draw.device)
-        found = model(rows, cond, at, length, cache)[:, -1].float()
+        found = model(rows, cond, at, stop - start, cache)[:, -1].float()
         if not guided:
             return found
         conditional, nothing = found.chunk(2)
         return nothing + sampler.guidance_scale * (conditional - nothing)
 
-    begin = first * h * w
-    for i in range(begin, t * h * w):
-        # The known positions are seen together with the first that is not
-        scores = logits(0, i + 1) if i == begin else logits(i, 1)
-        flat[:, i] = pick(scores, sampler, draw.uniform())
-        if (i + 1) % (h * w) == 0:
-            on_step()
+    # A compiled block would be compiled anew for each length of the cache
+    with torch.compiler.set_stance("force_eager"):
+        for start in range(0, first, CHUNK):
+            logits(start, min(start + CHUNK, first))
+        for i in range(first, total):
+            flat[:, i] = pick(logits(i, i + 1), sampler, quantiles[:, i])
+            if (i + 1) % (h * w) == 0:
+                on_step()
     return tokens
 
 

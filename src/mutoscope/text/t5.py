@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mutoscope.checkpoints import INSTALL, hash_part, load_part, open_checkpoint, part_config
+from mutoscope.checkpoints import hash_part, load_part, open_checkpoint, part_config
+from mutoscope.hub import INSTALL
 from mutoscope.recipe import TextConfig
 from mutoscope.types import DTYPES, Cond
 

@@ -44,6 +44,7 @@ from mutoscope.training.signals import StopFlag, Stopped, stopping_softly
 from mutoscope.training.state import TrainState, build_state
 from mutoscope.training.watchdog import Watchdog
 from mutoscope.types import Loss
+from mutoscope.workers import worker_context
 
 State = TrainState | DeepSpeedState
 VALIDATION_CLIPS = 64
@@ -163,7 +164,7 @@ def _train(
 
     # 5. What the run is for
     with state.averaged(), state.whole():
-        save_trained(model, recipe, run.weights, write=engine.main)
+        save_trained(model, recipe, run, write=engine.main)
     if engine.main:
         write_report(run.folder / "report.html", run.folder.name, {"Training": run})
         log.say(f"weights: {run.weights}; report: {run.folder / 'report.html'}")
@@ -173,6 +174,8 @@ def _train(
 def _open_sources(recipe: Recipe, encoder: Encoder, engine: Engine, log: Log) -> dict[Split, Source]:
     """The clips to train and to validate on; what became of them goes to the log."""
     listing = None
+    if recipe.data.workers:
+        worker_context()  # which takes as long as the look at the clips
     if recipe.data.latents is None:
         with engine.main_first():  # process 0 looks at the files, the others at what it remembered of them
             listing = list_and_look(recipe.data, partial(log.ticker, "looking at clips"))

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mutoscope.data.sources.archives import arrow_dataset, parquet_videos, webdataset
-from mutoscope.data.sources.layouts import Clip, list_clips, split_by_hash
+from mutoscope.data.sources.layouts import Clip, list_clips
+from mutoscope.data.sources.splits import split_by_hash
 from mutoscope.data.video import read_frames, write_video
 from mutoscope.recipe import ClipSet
 

@@ -130,10 +130,9 @@ def test_what_was_looked_for(tmp_path: Path) -> None:
 def test_an_option_that_would_be_ignored_is_refused() -> None:
     for clip_set, layout in (
         (ClipSet(root="x", dataset_file="x.csv"), "captioned_folder"),
-        (ClipSet(root="x", caption_file="x.txt"), "table"),
         (ClipSet(root="x", video_file="x.txt"), "cosmos"),
         (ClipSet(root="x", caption_columns=("x",)), "split_folders"),
-        (ClipSet(root="x", video_column="x"), "line_paired"),
+        (ClipSet(root="x", video_column="x"), "flying_mnist"),
     ):
         with pytest.raises(ValueError, match=rf"layout {layout} of x has no use for it, but .*; leave it out"):
             check_options(clip_set, layout)
@@ -149,3 +148,23 @@ def test_what_is_nothing(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=text):
             detect(ClipSet(root=str(root)))
+
+
+def test_columns_and_files_of_lines_are_told_apart(tmp_path: Path) -> None:
+    """cogvideox-factory has one flag for both."""
+    put(tmp_path, "prompts.txt", "videos.txt", "videos/a.mp4")
+    with pytest.raises(ValueError, match=r"data.video_column: is for columns of a table.*by data.caption_file and"):
+        check_options(ClipSet(root=str(tmp_path), video_column="videos.txt"), "line_paired")
+    with pytest.raises(ValueError, match=r"data.caption_file: is a file with a line for each.*by data.caption_columns"):
+        check_options(ClipSet(root=str(tmp_path), caption_file="text"), "table")
+
+
+def test_a_table_that_is_not_below_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, "clips/a.mp4", "clips/list.csv", list_csv=TABLE)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"no such file below data.root=clips; it lies at .*/clips/list.csv: give"):
+        find_tables(ClipSet(root="clips", dataset_file="clips/list.csv"))
+    with pytest.raises(ValueError, match=r"data.dataset_file=l.csv: no such file below data.root=clips$"):
+        find_tables(ClipSet(root="clips", dataset_file="l.csv"))
+    for file in ("list.csv", str(tmp_path / "clips/list.csv")):
+        assert find_tables(ClipSet(root="clips", dataset_file=file)) == ("clips", [(file, "", None)])

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from mutoscope.data.flying_mnist import PRESETS, render
 from mutoscope.data.media import Media
-from mutoscope.data.sources.layouts import Clip, list_clips, list_data, split_by_hash
+from mutoscope.data.sources.layouts import Clip, list_clips, list_data
+from mutoscope.data.sources.splits import split_by_hash
 from mutoscope.recipe import ClipSet, Data
 
 
@@ -446,7 +447,7 @@ def test_faults_of_whole_tables(content: str, options: dict[str, object], text: 
 
 def test_no_such_table(tmp_path: Path) -> None:
     put_files(tmp_path)
-    assert faults(tmp_path, dataset_file="none.csv") == "none.csv: no such file"
+    assert "dataset_file=none.csv: no such file below" in faults(tmp_path, dataset_file="none.csv")
     assert "layout table looked there for metadata.csv" in faults(tmp_path, layout="table")
     assert "must end in .csv, .tsv" in faults(tmp_path, dataset_file="list.xlsx")
 
@@ -523,6 +524,45 @@ def test_added_clips_move_none_into_val(some: set[str], more: set[str], fraction
     assert all(before[i] == "val" for i in moved)
     assert len(moved) <= 1  # And out of it only the one that is there for want of others.
     assert ("val" in before.values()) == (fraction > 0)
+
+
+def test_parts_of_one_film_are_in_one_split(tmp_path: Path) -> None:
+    """Else a model is validated on the faces and places that it was trained on."""
+    rows = ["video,caption,start,end"]
+    for film in range(12):
+        put(tmp_path / f"films/{film}.mp4")
+        rows += [f"films/{film}.mp4,a shot,{n},{n + 1}" for n in range(5)]
+    for k in range(40):
+        put(tmp_path / f"clips/{k}.mp4")
+        rows.append(f"clips/{k}.mp4,a clip,,")
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    placed = splits(listed(tmp_path, 0.3))
+    shots = {f: {s for i, s in placed.items() if i.startswith(f"films/{f}#")} for f in range(12)}
+    assert all(len(found) == 1 for found in shots.values()) and set.union(*shots.values()) == {"train", "val"}
+    # A file that is one clip is where it was before there were parts.
+    alone = {i: s for i, s in placed.items() if i.startswith("clips/")}
+    assert alone == split_by_hash([f"clips/{k}" for k in range(40)], 0.3)
+
+
+def test_clips_that_were_cut_from_one_film_are_in_one_split(tmp_path: Path) -> None:
+    made = [{"id": f"film{f}_{n:04d}", "file": f"film{f}.mp4"} for f in range(12) for n in range(5)]
+    (tmp_path / ".clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in made) + '{"id": "torn')
+    for line in made:
+        put(tmp_path / f"{line['id']}.mp4", "a shot")
+    placed = splits(listed(tmp_path, 0.3))
+    shots = [{s for i, s in placed.items() if i.startswith(f"film{f}_")} for f in range(12)]
+    assert all(len(found) == 1 for found in shots) and set.union(*shots) == {"train", "val"}
+    (tmp_path / ".clips.jsonl").write_text('{"id": 3}\n')
+    assert faults(tmp_path).startswith(".clips.jsonl, line 1: damaged; it says of which film each clip is")
+
+
+def test_shots_of_the_only_film_are_split_one_by_one() -> None:
+    ids = [f"a#{n}" for n in range(40)]
+    assert split_by_hash(ids, 0.3, dict.fromkeys(ids, "a")) == split_by_hash(ids, 0.3)
+    # So are those of films that would all be validated on, and none be trained on.
+    two = {i: "film2.mp4" if n % 2 else "film.mp4" for n, i in enumerate(ids)}
+    assert set(split_by_hash(two.values(), 0.2).values()) == {"val"}
+    assert split_by_hash(ids, 0.2, two) == split_by_hash(ids, 0.2)
 
 
 # ---- damage

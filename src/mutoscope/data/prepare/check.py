@@ -42,6 +42,7 @@ from mutoscope.data.index import ClipInfo, look
 from mutoscope.data.sources.detect import detect
 from mutoscope.data.sources.layouts import Clip, list_clips
 from mutoscope.data.video import frame_index, frames_at, iter_frames
+from mutoscope.hub import local_root
 from mutoscope.progress import Bars
 from mutoscope.recipe import ClipSet, Data
 from mutoscope.supervise import Alive, Lost, supervise
@@ -191,9 +192,10 @@ def summarise(clip_set: ClipSet, data: Data | None, checked: Sequence[Checked]) 
             {"frames": b.frames, "height": b.height, "width": b.width, "clips": fallen[n]}
             for n, b in enumerate(data.shapes(1))
         ]
+    here = replace(clip_set, root=local_root(clip_set.root))
     return {
         "root": clip_set.root,
-        "layout": detect(clip_set) if clip_set.layout == "auto" else clip_set.layout,
+        "layout": detect(here) if clip_set.layout == "auto" else clip_set.layout,
         "clips": len(checked),
         "splits": dict(sorted(Counter(c.clip.split for c in checked).items())),
         "broken": broken,

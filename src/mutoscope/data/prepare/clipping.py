@@ -34,6 +34,7 @@ from mutoscope.data.images import is_image
 from mutoscope.data.media import Media
 from mutoscope.data.prepare.clip_list import Failure, Row, failure, read_list
 from mutoscope.data.seeking import FrameIndex, Packets, packets_of
+from mutoscope.data.sources.splits import LEDGER
 from mutoscope.data.video import Clock, frames_at, iter_frames, resize, write_video
 from mutoscope.errors import listed
 from mutoscope.files import replacing
@@ -43,7 +44,6 @@ from mutoscope.supervise import Alive, Lost, supervise
 
 VERSION = 1
 """Raised whenever the same row would give another file."""
-LEDGER = ".clips.jsonl"
 FAILURES = "failures.csv"
 IN_A_ROW = 8
 """Clips of one file that one process makes at most, one after the other: the file is demuxed once for them."""

@@ -67,8 +67,16 @@ def detect(clip_set: ClipSet) -> str:
 def check_options(clip_set: ClipSet, layout: str) -> None:
     """Raises ValueError for an option that the layout would ignore."""
     for option, layouts in _READERS.items():
-        if getattr(clip_set, option) and layout not in layouts:
-            raise ValueError(f"data.{option}: layout {layout} of {clip_set.root} has no use for it, but "
+        if not getattr(clip_set, option) or layout in layouts:
+            continue
+        if layout == "line_paired":
+            raise ValueError(f"data.{option}: is for columns of a table, and {clip_set.root} has a file with a caption "
+                             "in each line and one with a video in each: name those by data.caption_file and "
+                             "data.video_file, or a table by data.dataset_file")  # fmt: skip
+        if layout == "table":
+            raise ValueError(f"data.{option}: is a file with a line for each clip, and {clip_set.root} is a table; "
+                             "its columns are named by data.caption_columns and data.video_column")  # fmt: skip
+        raise ValueError(f"data.{option}: layout {layout} of {clip_set.root} has no use for it, but "
                              f"{', '.join(layouts)}; leave it out, or set data.layout")  # fmt: skip
 
 
@@ -92,6 +100,8 @@ def find_tables(clip_set: ClipSet) -> tuple[str, list[tuple[str, str, SplitName 
     the split that all of it is of. Raises ValueError where there is none, or no telling which."""
     root = clip_set.root
     if clip_set.dataset_file is not None:
+        if posixpath.splitext(clip_set.dataset_file)[1].lower() in TABLES:
+            _check_below(root, clip_set.dataset_file)
         return root, [(clip_set.dataset_file, "", None)]
     if posixpath.splitext(root)[1].lower() in TABLES and (is_url(root) or not os.path.isdir(os.path.expanduser(root))):
         above, _, name = root.rpartition("/")
@@ -110,6 +120,14 @@ def find_tables(clip_set: ClipSet) -> tuple[str, list[tuple[str, str, SplitName 
                          f"{' '.join(TABLES)}) with a column {columns}; name the file by data.dataset_file, the column "
                          "by data.video_column")  # fmt: skip
     return root, [(f"{name}/{meta}", name, SPLIT_NAMES[name]) for name, meta in sorted(parts)]
+
+
+def _check_below(root: str, file: str) -> None:
+    """Raise ValueError where a local table is not below the root, and say where it is."""
+    if is_url(root) or is_url(file) or os.path.exists(os.path.join(os.path.expanduser(root), file)):
+        return
+    here = f"; it lies at {os.path.abspath(file)}: give that path" if os.path.exists(file) else ""
+    raise ValueError(f"data.dataset_file={file}: no such file below data.root={root}{here}")
 
 
 def _detect_folder(folder: Folder, clip_set: ClipSet) -> str:

@@ -18,13 +18,14 @@ from mutoscope.data import flying_mnist as mnist
 from mutoscope.data.flying_mnist import FLYING_MNIST, Split
 from mutoscope.data.media import IMAGES as IMAGES
 from mutoscope.data.media import VIDEOS as VIDEOS
-from mutoscope.data.media import Media
+from mutoscope.data.media import Media, is_url
 from mutoscope.data.sources import tables
 from mutoscope.data.sources.detect import LOOKED_FOR, check_options, detect, find_line_files, find_tables
 from mutoscope.data.sources.folder import Folder
+from mutoscope.data.sources.splits import cut_from, split_by_hash
 from mutoscope.data.sources.tables import PLAIN, SPLIT_NAMES, SplitName
 from mutoscope.errors import listed
-from mutoscope.randomness import seed_of
+from mutoscope.hub import local_root
 from mutoscope.recipe import ClipSet, Data
 
 MEDIA = VIDEOS | IMAGES
@@ -79,14 +80,16 @@ def list_data(data: Data) -> list[Clip]:
 def list_clips(clip_set: ClipSet, val_fraction: float = 0.05) -> list[Clip]:
     """All clips of both splits, sorted by id.
 
-    Where the data set has no val part, a share is held out by a hash of the ids. A test part is the val part where
-    there is no other, and else left out.
+    Where the data set has no val part, a share is held out by a hash of the ids, or, of clips that are parts of a film,
+    of the film. A test part is the val part where there is no other, and else left out.
 
     Raises ValueError where the root does not fit the layout, and for all that is wrong with what lies in it, together:
-    missing files, duplicate ids, empty captions, counts that do not match, bad labels and times.
+    missing files, duplicate ids, empty captions, counts that do not match, bad labels and times. FileNotFoundError for
+    a data set on the Hugging Face Hub that can't be had.
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"data.val_fraction={val_fraction} must lie in [0, 1)")
+    clip_set = replace(clip_set, root=local_root(clip_set.root))
     with rare_collections():
         layout = detect(clip_set) if clip_set.layout == "auto" else clip_set.layout
         check_options(clip_set, layout)
@@ -216,28 +219,20 @@ def flying_mnist(clip_set: ClipSet, val_fraction: float) -> list[Clip]:
     return clips
 
 
-def split_by_hash(ids: Iterable[str], val_fraction: float) -> dict[str, Split]:
-    """The split of each id: val where the hash of the id, as a number in [0, 1), lies below `val_fraction`.
-
-    So a clip keeps its split whatever is added beside it. Where no clip would be in val, the one of the lowest hash
-    is, if there are two or more; an added clip may send that one back to train. From two clips on, none ever goes from
-    train to val.
-    """
-    place = {i: seed_of("split", i) / 2**63 for i in ids}
-    held_out = {i for i in place if place[i] < val_fraction}
-    if not held_out and len(place) > 1 and val_fraction > 0:
-        held_out = {min(place, key=lambda i: place[i])}
-    return {i: "val" if i in held_out else "train" for i in place}
-
-
-def settle(root: str, clips: Mapping[str, tuple[SplitName | None, Clip]], val_fraction: float) -> list[Clip]:
-    """Clips by id, with the split that each is said to be of, as `list_clips` gives them: sorted, each in its split."""
+def settle(
+    root: str,
+    clips: Mapping[str, tuple[SplitName | None, Clip]],
+    val_fraction: float,
+    films: Mapping[str, str] | None = None,
+) -> list[Clip]:
+    """Clips by id, with the split that each is said to be of, as `list_clips` gives them: sorted, each in its split.
+    films: as in `split_by_hash`."""
     splits = {split for split, _ in clips.values()}
     held_out = "val" if "val" in splits else "test"
     rest = [i for i, (split, _) in clips.items() if split not in ("val", "test")]
     if not rest:
         raise ValueError(f"data.root={root}: no clip to train on: all are of split val or test")
-    placed = split_by_hash(rest, 0.0 if held_out in splits else val_fraction)
+    placed = split_by_hash(rest, 0.0 if held_out in splits else val_fraction, films)
     placed |= {i: "val" for i, (split, _) in clips.items() if split == held_out}
     return [clips[i][1] if placed[i] == "train" else replace(clips[i][1], split="val") for i in sorted(placed)]
 
@@ -311,8 +306,15 @@ class _Found:
 
     def settled(self, val_fraction: float) -> list[Clip]:
         """As `settle`. Raises ValueError with all that is wrong."""
+        made = ({} if is_url(self.folder.root) else self.attempt("", cut_from, self.folder.root)) or {}
         refuse(self.root, self.faults)
-        return settle(self.root, self.clips, val_fraction)
+        parted = {clip.media for _, clip in self.clips.values() if clip.start or clip.end is not None}
+        films = {}
+        for clip_id, (_, clip) in self.clips.items() if made or parted else ():
+            file = _stem(clip.media.path.removeprefix(f"{self.folder.root}/"))
+            if file in made or clip.media in parted:
+                films[clip_id] = made.get(file, file)
+        return settle(self.root, self.clips, val_fraction, films)
 
 
 def _add_rows(found: _Found, name: str, below: str, split: SplitName | None, clip_set: ClipSet) -> None:
