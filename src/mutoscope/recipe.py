@@ -3,8 +3,7 @@
 A recipe is what a function annotated ``-> Recipe`` returns (`recipes/`), or a ``recipe.toml``. `ModelConfig`,
 `ObjectiveConfig` and `TextConfig` are open: a subclass beside a new network or loss is all that it takes to use it.
 
-Every attribute's docstring is also its help on the command line, its comment in TOML and its tooltip in an editor.
-"""
+An attribute's docstring is also its help on the command line, its comment in TOML and its tooltip in an editor."""
 
 from __future__ import annotations
 

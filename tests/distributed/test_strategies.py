@@ -21,17 +21,20 @@ MODELS = {
     "dit": ("minisora.dit_tiny", "--ema", "0.9"),
     # Without the terms that are over the codes of a batch, which are others for another batch
     "vqvae": ("minisora.vqvae_tiny", "--objective.low-utilization-cost", "0"),
+    "gpt": (f"{Path(__file__).parent / 'token_recipe.py'}:gpt",),  # over the tokens of vqvae-none-1
 }
-# Adam divides by a gradient's size: with its own eps, one that is all rounding error would move a weight as far as any
-STEP = ("--steps", "1", "--validate-every", "1", "--save-every", "1", "--optim.eps", "1e-4", "--log-every", "1")
+# Three steps, since many weights are zero at first, and others have no gradient until they are not. Adam divides by a
+# gradient's size: with its own eps, one that is all rounding error would move a weight as far as any
+STEPS = ("--steps", "3", "--validate-every", "3", "--save-every", "3", "--optim.eps", "1e-4", "--log-every", "1")
 BATCH = 4
 """Samples of a step."""
 
 
-def one_step(world: int, strategy: str, name: str, folder: Path, *flags: str) -> dict[str, Any]:
+def steps(world: int, strategy: str, name: str, folder: Path, *flags: str) -> dict[str, Any]:
     recipe, *own = MODELS[name]
+    own += ["--autoencoder.path", str(folder.parent / "vqvae-none-1")] if name == "gpt" else []
     batch = ("--batch-size", str(BATCH // world))
-    return case(world, folder, recipe, *own, *STEP, *batch, "--parallel.strategy", strategy, *flags)
+    return case(world, folder, recipe, *own, *STEPS, *batch, "--parallel.strategy", strategy, *flags)
 
 
 def final(folder: Path) -> dict[str, Tensor]:
@@ -60,7 +63,7 @@ def val_losses(folder: Path) -> list[float]:
     return [line["val_loss"] for line in Run(folder).metrics() if "val_loss" in line]
 
 
-def check_one_step(folder: Path, names: list[str], worlds: list[int]) -> None:
+def check_steps(folder: Path, names: list[str], worlds: list[int]) -> None:
     """Cases NAME-STRATEGY-WORLD against NAME-none-1."""
     for name in names:
         one = folder / f"{name}-none-1"
@@ -72,7 +75,7 @@ def check_one_step(folder: Path, names: list[str], worlds: list[int]) -> None:
                 by_process = drawn(many, world)
                 samples = [{sample for sample, _ in pairs} for pairs in by_process]
                 numbers = [{number for _, number in pairs} for pairs in by_process]
-                assert all(numbers) or name == "vqvae"  # which draws nothing
+                assert all(numbers) or name in ("vqvae", "gpt")  # vqvae draws nothing; dropout is off
                 for i in range(world):
                     assert not any(samples[i] & samples[j] or numbers[i] & numbers[j] for j in range(i))
                 assert sorted(pair for pairs in by_process for pair in pairs) == sorted(drawn(one, 1)[0])
@@ -83,9 +86,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the runs of two processes."""
     folder = tmp_path_factory.mktemp("two")
     cases = []
-    for name in ("dit", "lora", "vqvae"):
-        cases.append(one_step(1, "none", name, folder / f"{name}-none-1"))
-        cases += [one_step(2, s, name, folder / f"{name}-{s}-2") for s in ("ddp", "fsdp2")]
+    for name in MODELS:
+        cases.append(steps(1, "none", name, folder / f"{name}-none-1"))
+        cases += [steps(2, s, name, folder / f"{name}-{s}-2") for s in ("ddp", "fsdp2")]
     cases += resumed(folder)
     play(folder, cases)
     return folder
@@ -114,8 +117,8 @@ def resumed(folder: Path) -> list[dict[str, Any]]:
     return cases
 
 
-def test_one_step_of_two_processes_equals_one_of_one(two: Path) -> None:
-    check_one_step(two, ["dit", "lora", "vqvae"], [2])
+def test_steps_of_two_processes_equal_those_of_one(two: Path) -> None:
+    check_steps(two, list(MODELS), [2])
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -131,7 +134,7 @@ def test_a_checkpoint_goes_on_under_another_strategy(two: Path, name: str) -> No
 
 # ---------------------------------------------------------------- four processes
 
-DRAW = ("--sample-every", "1", "--num-samples", "2")
+DRAW = ("--sample-every", "3", "--num-samples", "2")
 WAYS = {
     "hsdp": ("--parallel.replicate", "2"),
     "kept": ("--parallel.reshard", "false"),
@@ -152,26 +155,26 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("four")
     (folder / "wanted.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("one", "two", "three")))
     wanted = ("--validation-file", str(folder / "wanted.jsonl"))
-    draw = {"dit": DRAW, "vqvae": DRAW, "lora": (*DRAW, *wanted)}
+    draw = {name: DRAW for name in MODELS} | {"lora": (*DRAW, *wanted)}
     cases = []
     for name in MODELS:
-        cases.append(one_step(1, "none", name, folder / f"{name}-none-1", *draw[name]))
+        cases.append(steps(1, "none", name, folder / f"{name}-none-1", *draw[name]))
         for strategy in ("ddp", "fsdp2"):
-            cases += [one_step(w, strategy, name, folder / f"{name}-{strategy}-{w}", *draw[name]) for w in (1, 4)]
+            cases += [steps(w, strategy, name, folder / f"{name}-{strategy}-{w}", *draw[name]) for w in (1, 4)]
     cases += [
-        one_step(2 if way == "compiled" else 4, "fsdp2", "dit", folder / f"dit-{way}", *flags)
+        steps(2 if way == "compiled" else 4, "fsdp2", "dit", folder / f"dit-{way}", *flags)
         for way, flags in WAYS.items()
     ]
     for name, flags in OPTIMS.items():
         for world, strategy in ((1, "none"), (2, "ddp"), (2, "fsdp2")):
-            cases.append(one_step(world, strategy, "dit", folder / f"{name}-{strategy}", *flags))
+            cases.append(steps(world, strategy, "dit", folder / f"{name}-{strategy}", *flags))
     play(folder, cases, timeout=1200)
     return folder
 
 
 @pytest.mark.slow
-def test_one_step_of_four_processes_equals_one_of_one(four: Path) -> None:
-    check_one_step(four, list(MODELS), [1, 4])
+def test_steps_of_four_processes_equal_those_of_one(four: Path) -> None:
+    check_steps(four, list(MODELS), [1, 4])
 
 
 @pytest.mark.slow
@@ -183,7 +186,7 @@ def test_a_sharded_model_is_drawn_from(four: Path, name: str) -> None:
         for folder in (four / f"{name}-fsdp2-4", four / f"{name}-none-1")
     )
     assert found.keys() == expected.keys()
-    assert len(found) == (12 if name == "lora" else 4)  # before the step and after it
+    assert len(found) == (12 if name == "lora" else 4)  # before the steps and after them
     for path in (p for p in found if p.endswith(".png")):
         a, b = (np.asarray(Image.open(paths[path])).astype(int) for paths in (found, expected))
         assert np.abs(a - b).max() <= 1
