@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -23,6 +23,9 @@ from mutoscope.types import Batch, Cond, Loss, ModelIO
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The hyper-parameters of a network."""
+
+    native_precision: ClassVar[bool] = False
+    """Whether the network computes in the precision of its weights by itself; others want autocast over bf16."""
 
     def build(self, io: ModelIO) -> nn.Module:
         """The network, with fresh weights drawn from torch's global generator, or with pretrained ones."""

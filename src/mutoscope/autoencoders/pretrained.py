@@ -7,14 +7,32 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mutoscope.autoencoders.cogvideox import load_cogvideox_autoencoder
+from mutoscope.autoencoders.cogvideox import autoencoder_spec, load_cogvideox_autoencoder, scaling_stats
+from mutoscope.autoencoders.images import image_spec, image_stats, load_image_autoencoder
+from mutoscope.checkpoints import part_config
+from mutoscope.data.store import LatentStats
 from mutoscope.loading import load_recipe
 from mutoscope.recipe import Autoencoder, Recipe
-from mutoscope.types import DTYPES, ModelIO
+from mutoscope.types import DTYPES, LatentSpec, ModelIO
 from mutoscope.weights import load_strict, read_weights
 
 UNTRAINED = "untrained://"
 """The path of an autoencoder that nobody has trained."""
+
+
+def is_of_images(path: str) -> bool:
+    """Whether a checkpoint's autoencoder is one of images, for frames by themselves. Raises as `part_config`."""
+    return bool(part_config(path, "vae")["_class_name"] == "AutoencoderKL")
+
+
+def pretrained_spec(path: str) -> LatentSpec:
+    """The spec of a checkpoint's autoencoder, from its config.json alone. Raises as `part_config`."""
+    return image_spec(path) if is_of_images(path) else autoencoder_spec(path)
+
+
+def pretrained_stats(path: str) -> LatentStats:
+    """What a checkpoint's latents are normalised by: its own scaling factor. Raises as `part_config`."""
+    return image_stats(path) if is_of_images(path) else scaling_stats(path)
 
 
 def load_autoencoder(config: Autoencoder, *, trust_code: bool = False) -> nn.Module:
@@ -26,7 +44,8 @@ def load_autoencoder(config: Autoencoder, *, trust_code: bool = False) -> nn.Mod
     weights are damaged or do not fit, or the run trained something else.
     """
     if config.recipe is None:
-        return load_cogvideox_autoencoder(config.path, DTYPES[config.dtype], tiling=config.tiling)
+        load = load_image_autoencoder if is_of_images(config.path) else load_cogvideox_autoencoder
+        return load(config.path, DTYPES[config.dtype], tiling=config.tiling)
     if config.path == UNTRAINED:
         recipe = load_recipe(config.recipe)
         with torch.random.fork_rng(devices=[]):

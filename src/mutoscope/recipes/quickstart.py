@@ -7,6 +7,9 @@ from dataclasses import replace
 from mutoscope.autoencoders.conv import ConvAutoencoder
 from mutoscope.models.dit import DiT
 from mutoscope.models.gpt import GPT
+from mutoscope.models.mamba import Mamba
+from mutoscope.models.sparse_context import Nearest
+from mutoscope.models.sparse_gpt import SparseGPT
 from mutoscope.objectives.diffusion import Diffusion
 from mutoscope.objectives.reconstruction import Reconstruction
 from mutoscope.objectives.tokens import NextToken
@@ -132,6 +135,45 @@ def gpt() -> Recipe:
     )
 
 
+def mamba() -> Recipe:
+    """Mamba-1 over the tokens of quickstart.tokenizer, conditioned on the clip's class.
+
+    Source: arXiv:2312.00752, with positions in t, h and w and the known neighbours of each token at its input; Muon.
+    Command: mutoscope train quickstart.tokenizer --out runs/tokenizer
+        mutoscope encode quickstart.mamba --out runs/tokens
+        mutoscope train quickstart.mamba --data.latents runs/tokens
+    Hardware: a CPU core, 20 minutes.
+    Status: untested
+    """
+    return replace(gpt(), model=Mamba(version=1, depth=4, width=128, state=8), steps=2800)
+
+
+def mamba2() -> Recipe:
+    """Mamba-2 over the tokens of quickstart.tokenizer, conditioned on the clip's class.
+
+    Source: arXiv:2405.21060; the rest as quickstart.mamba.
+    Command: mutoscope train quickstart.tokenizer --out runs/tokenizer
+        mutoscope encode quickstart.mamba2 --out runs/tokens
+        mutoscope train quickstart.mamba2 --data.latents runs/tokens
+    Hardware: a CPU core, 10 minutes.
+    Status: untested
+    """
+    return replace(gpt(), model=Mamba(version=2, depth=4, width=128, state=32, head_dim=32))
+
+
+def sparse_gpt() -> Recipe:
+    """The same GPT, in which each token sees the 32 nearest known ones.
+
+    Source: quickstart.gpt, with attention as in minisora's "mdGPT".
+    Command: mutoscope train quickstart.tokenizer --out runs/tokenizer
+        mutoscope encode quickstart.sparse_gpt --out runs/tokens
+        mutoscope train quickstart.sparse_gpt --data.latents runs/tokens
+    Hardware: a CPU core, minutes.
+    Status: untested
+    """
+    return replace(gpt(), model=SparseGPT(depth=4, width=128, heads=4, context=Nearest(tokens=32)))
+
+
 def autoencoder_tiny() -> Recipe:
     """The patch-local autoencoder in seconds, on clips of 4 frames of 16×16 pixels.
 
@@ -205,6 +247,36 @@ def gpt_tiny() -> Recipe:
         autoencoder=Autoencoder(path="untrained://", recipe="quickstart.tokenizer_tiny"),
         model=GPT(depth=2, width=32, heads=2),
     )
+
+
+def mamba_tiny() -> Recipe:
+    """Mamba-1 in seconds, on the tokens of quickstart.tokenizer_tiny, trained or not.
+
+    Source: quickstart.mamba with all sizes cut down.
+    Command: mutoscope train quickstart.mamba_tiny
+    Status: verified
+    """
+    return replace(gpt_tiny(), model=Mamba(version=1, depth=2, width=32, state=4))
+
+
+def mamba2_tiny() -> Recipe:
+    """Mamba-2 in seconds, on the tokens of quickstart.tokenizer_tiny, trained or not.
+
+    Source: quickstart.mamba2 with all sizes cut down.
+    Command: mutoscope train quickstart.mamba2_tiny
+    Status: verified
+    """
+    return replace(gpt_tiny(), model=Mamba(version=2, depth=2, width=32, state=8, head_dim=16))
+
+
+def sparse_gpt_tiny() -> Recipe:
+    """The sparse GPT in seconds, on the tokens of quickstart.tokenizer_tiny, trained or not.
+
+    Source: quickstart.sparse_gpt with all sizes cut down.
+    Command: mutoscope train quickstart.sparse_gpt_tiny
+    Status: verified
+    """
+    return replace(gpt_tiny(), model=SparseGPT(depth=2, width=32, heads=2, context=Nearest(tokens=8)))
 
 
 def _in_seconds(recipe: Recipe) -> Recipe:
