@@ -228,7 +228,7 @@ def gpt_tiny() -> Recipe:
 
 
 def mamba() -> Recipe:
-    """Mamba-1 of 32 blocks over the tokens of minisora.vqvae: all 32,768 of a clip, a state carried through.
+    """Mamba-1 of 32 blocks over the tokens of minisora.vqvae, the 32,768 of a clip as one sequence.
 
     Source: minisora's README, train_latent_mamba.py --n_layer 32 --n_embed 1280 --batch_size 8 --block_size 512, and
     the script's constant --learning_rate 5e-4 and --beta2 .99. There windows of 512 tokens, an eighth of a latent
