@@ -238,7 +238,7 @@ def mamba() -> Recipe:
     Command: mutoscope train minisora.vqvae --out runs/vqvae
         mutoscope encode minisora.mamba --out runs/tokens
         mutoscope train minisora.mamba --data.latents runs/tokens --out runs/mamba
-    Hardware and time: a GPU of 24 GB or more with mamba_ssm (pip install mamba-ssm); not timed.
+    Hardware and time: a GPU with mamba_ssm (pip install "mutoscope[mamba]"); neither time nor memory were measured.
     Expected result: the seed published no figures ("quality is low").
     Status: untested
     """
