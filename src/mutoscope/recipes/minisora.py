@@ -353,7 +353,7 @@ def gpt_tiny() -> Recipe:
 
 
 def mamba() -> Recipe:
-    """Mamba-1 of 32 blocks over the tokens of minisora.vqvae: all 32,768 of a clip, a state carried through.
+    """Mamba-1 of 32 blocks over the tokens of minisora.vqvae, the 32,768 of a clip as one sequence.
 
     Source: minisora's README, train_latent_mamba.py --n_layer 32 --n_embed 1280 --batch_size 8 --block_size 512, and
     the script's constant --learning_rate 5e-4 and --beta2 .99. There windows of 512 tokens, an eighth of a latent
@@ -363,7 +363,7 @@ def mamba() -> Recipe:
     Command: mutoscope train minisora.vqvae --out runs/vqvae
         mutoscope encode minisora.mamba --out runs/tokens
         mutoscope train minisora.mamba --data.latents runs/tokens --out runs/mamba
-    Hardware and time: a GPU of 24 GB or more with mamba_ssm (pip install mamba-ssm); not timed.
+    Hardware and time: a GPU with mamba_ssm (pip install "mutoscope[mamba]"); neither time nor memory were measured.
     Expected result: the seed published no figures ("quality is low").
     Status: untested
     """

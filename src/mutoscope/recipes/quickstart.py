@@ -154,7 +154,7 @@ def mamba() -> Recipe:
     Command: mutoscope train quickstart.tokenizer --out runs/tokenizer
         mutoscope encode quickstart.mamba --out runs/tokens
         mutoscope train quickstart.mamba --data.latents runs/tokens
-    Hardware: a CPU core, 20 minutes.
+    Hardware: a CPU core, about 20 minutes by its first steps; not run to the end.
     Status: untested
     """
     return replace(gpt(), model=Mamba(version=1, depth=4, width=128, state=8), steps=2800)
@@ -167,7 +167,7 @@ def mamba2() -> Recipe:
     Command: mutoscope train quickstart.tokenizer --out runs/tokenizer
         mutoscope encode quickstart.mamba2 --out runs/tokens
         mutoscope train quickstart.mamba2 --data.latents runs/tokens
-    Hardware: a CPU core, 10 minutes.
+    Hardware: a CPU core, about 9 minutes by its first steps; not run to the end.
     Status: untested
     """
     return replace(gpt(), model=Mamba(version=2, depth=4, width=128, state=32, head_dim=32))
