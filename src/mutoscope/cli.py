@@ -94,7 +94,8 @@ def _docstring(thing: object) -> str:
 
 
 def _fail(text: str, code: int) -> NoReturn:
-    """Print every line of `text` to stderr, red on a terminal, and exit."""
+    """Print every line of `text` to stderr, red on a terminal and, of one process of several, with its rank; exit."""
+    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
-    print("\n".join(f"{red}{line}{plain}" for line in text.splitlines()), file=sys.stderr)
+    print("\n".join(f"{red}{rank}{line}{plain}" for line in text.splitlines()), file=sys.stderr)
     sys.exit(code)

@@ -70,6 +70,8 @@ def _contradictions_of_memory(recipe: Recipe) -> Iterator[str]:
     optim = recipe.optim
     if recipe.weights == "bf16" and recipe.lora is not None:
         yield "recipe.weights: LoRA's weights are always fp32, and the others are not trained; set weights = fp32"
+    if recipe.weights == "bf16" and recipe.precision == "fp32" and not recipe.model.native_precision:
+        yield "recipe.precision: over bf16 weights this network computes by autocast; set precision = bf16"
     if recipe.weights == "bf16" and optim.name == "muon":
         yield "recipe.optim.name: muon trains fp32 weights; set weights = fp32, or another optimizer"
     if recipe.quantize != "none" and recipe.lora is None:
@@ -114,11 +116,20 @@ def _contradictions_of_parallel(recipe: Recipe) -> Iterator[str]:
     if parallel.stall >= parallel.timeout:
         yield (f"recipe.parallel.stall: {parallel.stall:g} s is no sooner than the timeout of {parallel.timeout:g} s, "
                "after which there is nobody left to ask; set it to less, or to 0")  # fmt: skip
+    for strategy, names in {
+        "fsdp2": ("shard", "replicate", "reshard"),
+        "deepspeed": ("zero", "deepspeed_config"),
+        "fsdp2 or deepspeed": ("offload",),
+    }.items():
+        for name in names:
+            if parallel.strategy not in strategy.split(" or ") and getattr(parallel, name) != getattr(Parallel, name):
+                yield f"recipe.parallel.{name}: is for strategy = {strategy}, the strategy is {parallel.strategy}"
+    if parallel.strategy == "deepspeed":
+        yield from _contradictions_of_deepspeed(recipe)
     if parallel.strategy != "fsdp2":
-        for name in ("shard", "replicate", "reshard", "offload"):
-            if getattr(parallel, name) != getattr(Parallel, name):
-                yield f"recipe.parallel.{name}: is for strategy = fsdp2, the strategy is {parallel.strategy}"
         return
+    if parallel.offload == "optimizer":
+        yield 'recipe.parallel.offload: fsdp2 moves "all" or "none"'
     if optim.name not in SHARDED:
         yield (f"recipe.optim.name: {optim.name} looks at whole weights, and fsdp2 divides them; take "
                f"{' or '.join(SHARDED)} (their state is divided, too), or strategy = ddp")  # fmt: skip
@@ -126,6 +137,25 @@ def _contradictions_of_parallel(recipe: Recipe) -> Iterator[str]:
         yield 'recipe.optim.offload: is for whole weights; with fsdp2, set parallel.offload = "all"'
     if recipe.offload_blocks:
         yield 'recipe.offload_blocks: fsdp2 divides the blocks already; set it to 0, or parallel.offload = "all"'
+
+
+def _contradictions_of_deepspeed(recipe: Recipe) -> Iterator[str]:
+    """Much of what a recipe may have would be written over, or is DeepSpeed's own business."""
+    parallel, optim = recipe.parallel, recipe.optim
+    if parallel.offload == "all" and parallel.zero < 3:
+        yield 'recipe.parallel.offload: weights that are whole stay on the GPU; set zero = 3, or offload = "optimizer"'
+    if optim.name != "adamw":
+        yield f"recipe.optim.name: deepspeed trains by adamw here, not by {optim.name}; take it, or strategy = ddp"
+    for name, instead in (("ema", 0), ("quantize", "none"), ("weights", "fp32"), ("offload_blocks", 0)):
+        if getattr(recipe, name) != instead:
+            yield f"recipe.{name}: is not for strategy = deepspeed; set it to {instead}, or strategy to fsdp2 or ddp"
+    if optim.offload:
+        yield 'recipe.optim.offload: with deepspeed, set parallel.offload = "optimizer"'
+    if recipe.data.buckets:
+        yield "recipe.data.buckets: deepspeed counts on one batch size; leave them out, or set the strategy to fsdp2"
+    if getattr(recipe.objective, "reinit_every_n_epochs", 0):
+        yield ("recipe.objective.reinit_every_n_epochs: deepspeed would write over codes that replace themselves; set "
+               "it to 0")  # fmt: skip
 
 
 def _contradictions_of_set(clips: ClipSet, path: str) -> Iterator[str]:

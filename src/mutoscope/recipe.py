@@ -1,21 +1,20 @@
 """A recipe: everything that decides what is trained and how, as one tree of frozen dataclasses.
 
-A recipe is what a function annotated ``-> Recipe`` returns (`recipes/`), or a ``recipe.toml``. Its parts with a fixed
-form are below. `ModelConfig`, `ObjectiveConfig` and `TextConfig` are open: a subclass beside a new network or loss is
-all that it takes to use it in a recipe.
+A recipe is what a function annotated ``-> Recipe`` returns (`recipes/`), or a ``recipe.toml``. `ModelConfig`,
+`ObjectiveConfig` and `TextConfig` are open: a subclass beside a new network or loss is all that it takes to use it.
 
-Every attribute's docstring is also its help on the command line, its comment in TOML and its tooltip in an editor.
-"""
+An attribute's docstring is also its help on the command line, its comment in TOML and its tooltip in an editor."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from mutoscope.parallel import Parallel as Parallel
 from mutoscope.randomness import Draw
 from mutoscope.types import Batch, Cond, Loss, ModelIO
 
@@ -23,6 +22,9 @@ from mutoscope.types import Batch, Cond, Loss, ModelIO
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The hyper-parameters of a network."""
+
+    native_precision: ClassVar[bool] = False
+    """Whether the network computes in the precision of its weights by itself; others want autocast over bf16."""
 
     def build(self, io: ModelIO) -> nn.Module:
         """The network, with fresh weights drawn from torch's global generator, or with pretrained ones."""
@@ -211,7 +213,8 @@ class Autoencoder:
 
     path: str
     """The run directory that holds it; or, where `recipe` is none, a pretrained checkpoint: a folder in diffusers'
-    format, a Hub id or tiny://NAME. Empty is the model's own checkpoint."""
+    format, a Hub id or tiny://NAME. Empty is the model's own checkpoint; untrained:// is the recipe's network with
+    fresh weights, which is enough to try a chain out."""
     recipe: str | None
     """The recipe that trains it: tells its shapes before it exists, and the command that makes it. none: pretrained."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -326,28 +329,6 @@ class Optim:
     stochastic_rounding: bool = False
     """For weights = bf16: round each step to them at random, right on average; else the state has 2 bytes for each
     weight besides, which complete it to fp32."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parallel:
-    """How the work is spread over processes (start them with torchrun)."""
-
-    strategy: Literal["none", "ddp", "fsdp2"] = "none"
-    """none: one process. ddp: a replica on every process; under torchrun, none becomes ddp. fsdp2: every process holds
-    a part of the weights, gradients and optimizer state, and gathers the weights of a block when it computes."""
-    shard: int = 0
-    """fsdp2: processes that hold one copy of the model together; 0 takes all that `replicate` leaves."""
-    replicate: int = 0
-    """fsdp2: copies of the model (HSDP); best as many as there are nodes. 0 follows from `shard`, or is 1."""
-    reshard: bool = True
-    """fsdp2: let go of a block's weights after its forward pass, and gather them again for the backward pass (ZeRO-3).
-    false keeps them from one to the other (ZeRO-2): a third less to communicate, and the memory of all weights."""
-    offload: Literal["none", "all"] = "none"
-    """fsdp2: all keeps weights, gradients and optimizer state on the CPU, where steps are taken. GPUs only."""
-    timeout: float = 1800.0
-    """Seconds that a process waits for the others before it gives up."""
-    stall: float = 300.0
-    """Seconds without a step, or whatever else is done, after which a process says where it stands; 0 never."""
 
 
 @dataclass(frozen=True, kw_only=True)

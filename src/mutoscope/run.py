@@ -37,10 +37,11 @@ from mutoscope.user_code import code_files
 
 FREE_TO_CHANGE = (
     "steps", "log_every", "validate_every", "sample_every", "save_every", "keep_last", "keep_every", "num_samples",
-    "wandb", "compile", "activation_checkpointing", "parallel", "data.workers", "data.cache", "data.max_broken", "data.timeout",
-    "optim.max_bad_steps",
+    "wandb", "compile", "activation_checkpointing", "parallel", "data.workers", "data.cache", "data.max_broken",
+    "data.timeout", "optim.max_bad_steps", "batch_size", "accumulate",
 )  # fmt: skip
-"""What a resumed run may set anew; everything else decides what the weights become."""
+"""What a resumed run may set anew; everything else decides what the weights become. (Of the last two their product with
+the number of processes does, which the loop looks at.)"""
 
 
 class Run:

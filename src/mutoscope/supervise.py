@@ -145,7 +145,12 @@ class _Worker:
         context = worker_context()
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(work, theirs), daemon=True)
-        self.process.start()
+        # Interrupted half-way, it would be a process that nobody knows and ends.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self.job: Any = None
         self.since = time.monotonic()

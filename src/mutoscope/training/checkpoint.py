@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from mutoscope.files import sync_folder
 from mutoscope.training.engine import Engine
 
-KEEP = 2
-"""Checkpoints kept in a run: the newest, and the one to fall back to."""
+# Said of every checkpoint of a single process. For all time: filters are no thread's own.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 Tensors = dict[str, Any]
 """A tree of dicts whose leaves are tensors."""
@@ -44,8 +44,20 @@ class DamagedCheckpoint(ValueError):
     """A checkpoint that is incomplete, or not what was written."""
 
 
-def save_checkpoint(folder: Path, step: int, tensors: Tensors, state: dict[str, int], engine: Engine) -> Path:
-    """Write checkpoint `step` under `folder` from all processes, then drop all but the newest `KEEP`.
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: Tensors,
+    state: dict[str, int],
+    engine: Engine,
+    keep_last: int = 2,
+    keep_every: int = 0,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write checkpoint `step` under `folder` from all processes, then drop all but the newest `keep_last` and those of
+    steps that `keep_every` divides.
+
+    group: of all processes, for messages of this thread's own; those of the default group must not cross the trainer's.
 
     A kill, or a full disk, at any moment leaves the checkpoints of earlier steps as they were. Raises ValueError where
     a leaf of `tensors` is not a tensor.
@@ -57,20 +69,23 @@ def save_checkpoint(folder: Path, step: int, tensors: Tensors, state: dict[str, 
         for leftover in folder.glob(".*.tmp"):  # of a process that was killed
             shutil.rmtree(leftover)
         aside.mkdir()
-    engine.barrier()
+    _barrier(group)
     try:
-        _dcp(lambda alone: dcp_save(tensors, storage_writer=FileSystemWriter(aside, sync_files=True), no_dist=alone))
+        writer = FileSystemWriter(aside, sync_files=True)
+        _dcp(lambda alone: dcp_save(tensors, storage_writer=writer, no_dist=alone, process_group=group))
+        hashes = _gather({p.name: _hash_file(p) for p in aside.glob(f"__{engine.rank}_*")}, group)
         if engine.main:
             _write_json(aside / "state.json", {"step": step, **state})
-            hashes = {path.name: _hash_file(path) for path in sorted(aside.iterdir())}
-            _write_json(aside / "manifest.json", {"xxh3_128": hashes})
+            hashes |= {name: _hash_file(aside / name) for name in (".metadata", "state.json")}
+            _write_json(aside / "manifest.json", {"xxh3_128": dict(sorted(hashes.items()))})
             sync_folder(aside)
             if final.exists():
                 _drop(final)
             os.rename(aside, final)
             sync_folder(folder)
             # Checkpoints of later steps are there only where training fell back past them: they are damaged.
-            kept = [path for path in list_checkpoints(folder) if path.name <= final.name][-KEEP:]
+            earlier = [path for path in list_checkpoints(folder) if path.name <= final.name]
+            kept = earlier[-keep_last:] + [path for path in earlier if keep_every and int(path.name) % keep_every == 0]
             for path in list_checkpoints(folder):
                 if path not in kept:
                     _drop(path)
@@ -78,8 +93,22 @@ def save_checkpoint(folder: Path, step: int, tensors: Tensors, state: dict[str, 
         if engine.main:
             shutil.rmtree(aside, ignore_errors=True)  # on a full disk, make room
         raise
-    engine.barrier()
+    _barrier(group)
     return final
+
+
+def _barrier(group: dist.ProcessGroup | None) -> None:
+    if dist.is_initialized():
+        dist.barrier(group)
+
+
+def _gather(mine: dict[str, str], group: dist.ProcessGroup | None) -> dict[str, str]:
+    """The entries of all processes."""
+    if not dist.is_initialized():
+        return mine
+    everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine, group=group)
+    return {name: value for one in everyone for name, value in one.items()}
 
 
 def _drop(path: Path) -> None:
@@ -202,13 +231,11 @@ class _IndexUnpickler(pickle.Unpickler):
 
 def _dcp(call: Callable[[bool], Any]) -> None:
     """Call torch.distributed.checkpoint, with or without a process group, and raise the first process's own error."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        try:
-            call(not dist.is_initialized())
-        except CheckpointException as error:  # a BaseException, which nobody's `except Exception` would catch
-            cause, _ = next(iter(error.failures.values()))
-            raise cause from None
+    try:
+        call(not dist.is_initialized())
+    except CheckpointException as error:  # a BaseException, which nobody's `except Exception` would catch
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from None
 
 
 def _leaves(tree: Tensors, prefix: str = "") -> dict[str, Tensor]:

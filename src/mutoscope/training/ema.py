@@ -33,14 +33,15 @@ class EMA:
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
         """The model carries the averages inside the block."""
+        params = trained(model)  # once: after an error in a sharded model, others may stand in their place
         with torch.no_grad():
-            kept = {name: p.detach().clone() for name, p in trained(model).items()}
-            _copy(self.averages, model)
+            kept = {name: p.detach().clone() for name, p in params.items()}
+            _copy(self.averages, params)
         try:
             yield
         finally:
             with torch.no_grad():
-                _copy(kept, model)
+                _copy(kept, params)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -48,6 +49,6 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _copy(values: dict[str, Tensor], model: nn.Module) -> None:
-    for name, p in trained(model).items():
+def _copy(values: dict[str, Tensor], params: dict[str, nn.Parameter]) -> None:
+    for name, p in params.items():
         local(p.detach()).copy_(local(values[name]))

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
@@ -46,9 +49,11 @@ class Engine:
     rank: int
     world: int
     device: torch.device
-    parallel: Parallel = Parallel()
+    parallel: Parallel = field(default_factory=Parallel)
     mesh: DeviceMesh | None = None
     """Of fsdp2: (copies, parts of a copy)."""
+    meeting: str = ""
+    """What the keys of these processes begin with, in the store that they met by."""
 
     @staticmethod
     def start(parallel: Parallel) -> Engine:
@@ -64,19 +69,25 @@ class Engine:
                 "torchrun --nproc-per-node N -m mutoscope train ... (or parallel.strategy = none)"
             )
         cuda = torch.cuda.is_available()
-        if parallel.offload != "none" and not cuda:
-            raise ValueError(f'parallel.offload = "{parallel.offload}": moves memory from GPUs to the CPU, and there is '
-                             'no GPU here; set it to "none"')  # fmt: skip
+        if parallel.strategy == "fsdp2" and parallel.offload != "none" and not cuda:
+            raise ValueError(f'parallel.offload = "{parallel.offload}": moves memory from GPUs to the CPU, and there '
+                             'is no GPU here; set it to "none"')  # fmt: skip
         shape = _mesh_shape(parallel, world) if parallel.strategy == "fsdp2" else None
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
+        meeting = ""
         if world > 1 or parallel.strategy != "none":
             # gloo beside nccl: checkpoints, and gradients that were offloaded, are on the CPU
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout))
+            timeout = timedelta(seconds=parallel.timeout)
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                store, meeting = _meet(rank, world, timeout)
+                dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+            else:
+                dist.init_process_group(backend, timeout=timeout)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")) if shape else None
-        return Engine(rank=rank, world=world, device=device, parallel=parallel, mesh=mesh)
+        return Engine(rank=rank, world=world, device=device, parallel=parallel, mesh=mesh, meeting=meeting)
 
     @property
     def main(self) -> bool:
@@ -86,22 +97,32 @@ class Engine:
     @property
     def sharded(self) -> bool:
         """Whether processes hold a model in parts, so that all of them must call it together."""
-        return self.mesh is not None
+        return self.mesh is not None or self._zero3
+
+    @property
+    def _zero3(self) -> bool:
+        return self.parallel.strategy == "deepspeed" and self.parallel.zero == 3
 
     @property
     def replica(self) -> int:
         """The copy of the model that this process has, or has a part of."""
-        return self.rank if self.mesh is None else self.mesh.get_local_rank("replicate")
+        if self.mesh is not None:
+            return self.mesh.get_local_rank("replicate")
+        return 0 if self._zero3 else self.rank
 
     @property
     def replicas(self) -> int:
         """Copies of the model."""
-        return self.world if self.mesh is None else self.mesh.size(0)
+        if self.mesh is not None:
+            return self.mesh.size(0)
+        return 1 if self._zero3 else self.world
 
     @property
     def leads(self) -> bool:
         """Whether this process writes for its copy of the model."""
-        return self.mesh is None or self.mesh.get_local_rank("shard") == 0
+        if self.mesh is not None:
+            return self.mesh.get_local_rank("shard") == 0
+        return self.main or not self._zero3
 
     # ---- the model
 
@@ -117,6 +138,8 @@ class Engine:
             return model
         if not dist.is_initialized():
             return model
+        # Torch 2.13 wants another name for it, which 2.11 does not know
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         return DistributedDataParallel(
             model,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
@@ -232,14 +255,38 @@ class Engine:
             dist.destroy_process_group()
 
 
+def _meet(rank: int, world: int, timeout: timedelta) -> tuple[dist.Store, str]:
+    """A part of torchrun's store that no process wrote to before these, and its prefix.
+
+    torchrun has one store for all of its restarts (as of torch 2.13), so that processes would look for each other where
+    those before them were. Each says who it is; process 0 answers with all of them until each has found itself there.
+    """
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+    mine, give_up = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    store.set(f"here {rank}", mine)
+    while time.monotonic() < give_up:
+        if rank == 0:
+            store.set("all", " ".join(store.get(f"here {r}").decode() for r in range(world)))
+        everyone = store.get("all").decode()
+        meeting = xxhash.xxh3_128_hexdigest(everyone.encode())
+        if mine in everyone:
+            store.set(f"{meeting} {rank}", "")
+        if rank == 0 and store.check([f"{meeting} {r}" for r in range(world)]):
+            store.set(f"{meeting} begins", "")
+        if mine in everyone and store.check([f"{meeting} begins"]):
+            return dist.PrefixStore(meeting, store), meeting
+        time.sleep(0.05)
+    raise TimeoutError(f"process {rank} of {world} did not meet the others in {timeout}")
+
+
 def _mesh_shape(parallel: Parallel, world: int) -> tuple[int, int]:
     """(copies, parts of a copy). Raises ValueError where these do not make up all processes."""
     shard, replicate = parallel.shard, parallel.replicate
     shard = shard or world // (replicate or 1)
     replicate = replicate or world // shard
     if shard * replicate != world:
-        raise ValueError(f"parallel.replicate = {parallel.replicate} and parallel.shard = {parallel.shard} (0: what the "
-                         f"other leaves) do not make up {world} processes; their product must")  # fmt: skip
+        raise ValueError(f"parallel.replicate = {parallel.replicate} and parallel.shard = {parallel.shard} (0: what "
+                         f"the other leaves) do not make up {world} processes; their product must")  # fmt: skip
     return replicate, shard
 
 
@@ -258,6 +305,8 @@ def _shard(model: nn.Module, mesh: DeviceMesh, parallel: Parallel, precision: st
     for scale in scales:
         scale.data = scale.data.to(device)
     mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
+    # Said of every block that ends in a reshape. No block of ours is followed by a change in place of what it returns.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for block in getattr(model, "blocks", ()):
         fully_shard(block, mesh=mesh, reshard_after_forward=parallel.reshard, mp_policy=mixed, offload_policy=offload,
                     ignored_params=scales)  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mutoscope.build import build_encoder, build_trainee
+from mutoscope.build import build_encoder, build_trainee, model_io
 from mutoscope.contradictions import validate
 from mutoscope.data.buckets import Plan, iterate_once
 from mutoscope.data.dataset import Clips, list_and_look
@@ -31,18 +31,22 @@ from mutoscope.recipe import Recipe
 from mutoscope.report import write_report
 from mutoscope.run import Run
 from mutoscope.sample import Generator, Wanted, draw_wanted, inference, preview, read_wanted
-from mutoscope.training.checkpoint import newest_checkpoint, save_checkpoint
+from mutoscope.training.checkpoint import newest_checkpoint
+from mutoscope.training.deepspeed import DeepSpeedState
 from mutoscope.training.engine import Engine
 from mutoscope.training.log import Log
-from mutoscope.training.offload import check_offload, place
+from mutoscope.training.offload import check_blocks, check_offload, place
 from mutoscope.training.optimizers import cast_trained
 from mutoscope.training.quantize import check_quantization, quantize_frozen
 from mutoscope.training.quarantine import Quarantine
+from mutoscope.training.saver import Saver
 from mutoscope.training.signals import StopFlag, Stopped, stopping_softly
 from mutoscope.training.state import TrainState, build_state
+from mutoscope.training.watchdog import Watchdog
 from mutoscope.types import Loss
 from mutoscope.workers import worker_context
 
+State = TrainState | DeepSpeedState
 VALIDATION_CLIPS = 64
 """Clips of the val split, the first by id, that the validation loss is taken over."""
 
@@ -59,20 +63,29 @@ def train(recipe: Recipe, out: Path) -> Run:
     run = Run(out)
     try:
         check_offload(recipe, engine.device)
+        if recipe.activation_checkpointing or recipe.compile:  # offload_blocks goes with the first
+            with torch.device("meta"):
+                check_blocks(recipe.model.build(model_io(recipe)), recipe)
         if recipe.quantize != "none":
             check_quantization(recipe.quantize, engine.device, recipe.compile)
         with run.locked() if engine.main else nullcontext(), stopping_softly() as stop:
             with engine.main_first():
                 if engine.main:
                     run.prepare(recipe)
-            with Log(run, out.name, recipe.steps, recipe.wandb, enabled=engine.main) as log:
-                _train(recipe, run, engine, log, stop)
+            with (
+                Log(run, out.name, recipe.steps, recipe.wandb, enabled=engine.main) as log,
+                Saver(run.checkpoints, engine, recipe.keep_last, recipe.keep_every) as saver,
+                Watchdog(engine, run.folder) as watchdog,
+            ):
+                _train(recipe, run, engine, log, saver, watchdog, stop)
     finally:
         engine.stop()
     return run
 
 
-def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -> None:
+def _train(
+    recipe: Recipe, run: Run, engine: Engine, log: Log, saver: Saver, watchdog: Watchdog, stop: StopFlag
+) -> None:
     # 1. Build. Order of initialisation: a checkpoint of this run > recipe.init_from > fresh weights
     encoder = build_encoder(recipe, engine.device)
     wanted = read_wanted(recipe, engine.device) if recipe.validation_file is not None else None
@@ -94,6 +107,7 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
         log.say(f"resuming from {newest}")
         if numbers["clips"] != len(sources["train"]):
             log.say(f"the data has changed: {numbers['clips']} train clips then, {len(sources['train'])} now")
+        _check_batch(numbers, plan, log)
         state.consumed = tuple(numbers.get(f"consumed {pool.name}", 0) for pool in plan.pools)
     state.consumed = state.consumed or (0,) * len(plan.pools)
     engine.check_in_sync(model)
@@ -109,9 +123,12 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
     # 3. Train
     bad_steps = 0
     while state.step < recipe.steps:
+        watchdog.at(state.step, "waiting for clips")
         micro = [next(clips) for _ in range(recipe.accumulate)]
         quarantine.add([b for raw in micro if isinstance(raw, Clips) for b in raw.broken], state.step + 1)
+        watchdog.at(state.step, "in the forward and backward pass")
         losses = _forward_backward(recipe, engine, state, encoder, micro)
+        watchdog.at(state.step, "taking the step")
         lr, norm = state.take_step(recipe.optim, recipe.steps)
         finite = math.isfinite(norm)  # the same on all processes: the norm is of the averaged gradients
         if not finite:
@@ -127,6 +144,7 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
             state.average()
 
         # 4. Log, validate, show, save, each on its schedule
+        watchdog.at(state.step, "logging, evaluating or saving")
         last = state.step == recipe.steps
         stopping = engine.any(stop.signal_number != 0) or bad_steps >= recipe.optim.max_bad_steps
         if state.step % recipe.log_every == 0 or last:
@@ -136,8 +154,11 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
         _preview(recipe, run, engine, state, generator, sources["val"], wanted, due=last)
         if state.step % recipe.save_every == 0 or last or stopping:
             numbers = {f"consumed {pool.name}": n for pool, n in zip(plan.pools, state.consumed, strict=True)}
-            numbers["clips"] = len(sources["train"])
-            save_checkpoint(run.checkpoints, state.step, state.tensors(), numbers, engine)
+            numbers |= {f"batch {pool.name}": plan.step_samples(b) for b, pool in enumerate(plan.pools)}
+            numbers |= {"clips": len(sources["train"]), "world": engine.world}
+            saver.save(state.step, state.tensors(), numbers)
+            if last or stopping:
+                saver.wait()
         if bad_steps >= recipe.optim.max_bad_steps:
             raise RuntimeError(f"{bad_steps} steps in a row were not finite; stopped. {_suspects(losses, engine)} "
                                "Lower optim.lr, or look at these clips.")  # fmt: skip
@@ -145,7 +166,7 @@ def _train(recipe: Recipe, run: Run, engine: Engine, log: Log, stop: StopFlag) -
             raise Stopped(stop.signal_number, f"stopped at step {state.step}; the same command goes on from there")
 
     # 5. What the run is for
-    with state.averaged():
+    with state.averaged(), state.whole():
         save_trained(model, recipe, run, write=engine.main)
     if engine.main:
         write_report(run.folder / "report.html", run.folder.name, {"Training": run})
@@ -168,8 +189,21 @@ def _open_sources(recipe: Recipe, encoder: Encoder, engine: Engine, log: Log) ->
     return sources
 
 
+def _check_batch(numbers: dict[str, int], plan: Plan, log: Log) -> None:
+    """Raise ValueError where an optimizer step sees another number of samples than before, unless there are other
+    processes: then it is said."""
+    for b, pool in enumerate(plan.pools):
+        then, now = numbers.get(f"batch {pool.name}", plan.step_samples(b)), plan.step_samples(b)
+        told = f"an optimizer step took {then} samples of {pool.name}, and would now take {now}"
+        if then != now and numbers["world"] == plan.world:
+            raise ValueError(f"{told}; batch_size × accumulate must be what it was")
+        if then != now:
+            log.say(f"{told}: {numbers['world']} processes then, {plan.world} now. To keep it, change batch_size or "
+                    "accumulate as well")  # fmt: skip
+
+
 def _forward_backward(
-    recipe: Recipe, engine: Engine, state: TrainState, encoder: Encoder, clips: Sequence[Any]
+    recipe: Recipe, engine: Engine, state: State, encoder: Encoder, clips: Sequence[Any]
 ) -> list[tuple[list[str], Loss]]:
     """The micro-steps of one optimizer step.
 
@@ -204,7 +238,7 @@ def _suspects(losses: list[tuple[list[str], Loss]], engine: Engine) -> str:
 
 
 def _validate(
-    recipe: Recipe, engine: Engine, state: TrainState, source: Source, encoder: Encoder, log: Log, due: bool
+    recipe: Recipe, engine: Engine, state: State, source: Source, encoder: Encoder, log: Log, due: bool
 ) -> None:
     """Log the averaged weights' loss over the val clips, with draws that are the same every time."""
     every = recipe.validate_every
@@ -236,7 +270,7 @@ def _preview(
     recipe: Recipe,
     run: Run,
     engine: Engine,
-    state: TrainState,
+    state: State,
     generator: Generator,
     source: Source,
     wanted: Wanted | None,

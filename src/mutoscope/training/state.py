@@ -14,13 +14,16 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from mutoscope.recipe import Optim, Recipe
 from mutoscope.training.checkpoint import load_checkpoint
+from mutoscope.training.deepspeed import DeepSpeedState
 from mutoscope.training.ema import EMA
 from mutoscope.training.engine import Engine
 from mutoscope.training.optimizers import build_optimizers, clip_gradients, gradient_norms, set_learning_rates
 
 
-def build_state(model: nn.Module, recipe: Recipe, engine: Engine) -> TrainState:
-    """A model that is to be trained by torch's own means: none, ddp or fsdp2."""
+def build_state(model: nn.Module, recipe: Recipe, engine: Engine) -> TrainState | DeepSpeedState:
+    """A model that is to be trained, divided or replicated as the recipe has it."""
+    if recipe.parallel.strategy == "deepspeed":
+        return DeepSpeedState(model, recipe, engine)
     trainee = engine.wrap(model, recipe.precision)
     optimizers = build_optimizers(model, recipe.optim, recipe.seed)  # of the parameters as the engine has them now
     return TrainState(model, optimizers, EMA(model, recipe.ema) if recipe.ema else None, trainee, engine)
@@ -28,7 +31,7 @@ def build_state(model: nn.Module, recipe: Recipe, engine: Engine) -> TrainState:
 
 @dataclass
 class TrainState:
-    """Everything else is a function of the recipe."""
+    """A model in training by torch's own means: none, ddp or fsdp2. Everything else is a function of the recipe."""
 
     model: nn.Module
     optimizers: list[torch.optim.Optimizer]
@@ -83,6 +86,10 @@ class TrainState:
                 yield
             finally:
                 self.engine.settle(self.model)
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Weights that are divided by other means than torch's are whole on every process inside the block."""
+        return nullcontext()
 
     def tensors(self) -> dict[str, Any]:
         """The tensors of a checkpoint, as a tree; filling them in place does not set the optimizers'."""
