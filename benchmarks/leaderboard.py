@@ -2,12 +2,12 @@
 
     python -m benchmarks.leaderboard --out runs/leaderboard --minutes 20 [--families gpt dit] [--jobs 2]
 
-Models over tokens learn the same tokens, diffusion models the same latents, of the same clips. A family takes the steps that
-its budget of CPU time on one thread allows; nothing else of its recipe is changed. Everything is kept in --out: called
-again, what is finished is not done again. On a GPU the budget is wall time, and --arena full takes the recipes of
-32×256×256 in place of those of 8×32×32.
+Models over tokens learn the same tokens, diffusion models the same latents, of the same clips. A family takes the steps
+that its budget of CPU time on one thread allows; nothing else of its recipe is changed. Everything is kept in --out:
+called again, what is finished is not done again. On a GPU the budget is wall time, and --arena full takes the recipes
+of 32×256×256 in place of those of 8×32×32.
 
-Prints a table, and writes it with its figures and plots to --out: leaderboard.{json,md,png} and samples.png.
+Prints a table, and writes it with its figures and plots to --out: leaderboard.{json,md,png}, and samples.png of each family.
 """
 
 from __future__ import annotations

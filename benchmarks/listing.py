@@ -32,7 +32,7 @@ from mutoscope.data.index import inspect
 from mutoscope.data.loader import make_loader
 from mutoscope.data.sources.layouts import list_data
 from mutoscope.recipe import Data
-from mutoscope.workers import prepare_workers
+from mutoscope.workers import worker_context
 
 VIDEOS, WORKERS, BATCH, PER_FOLDER = 250, 2, 4, 1000
 FRAMES, SIDE = 16, 64
@@ -100,7 +100,7 @@ def first_look(root: Path, began: float) -> dict[str, object]:
 def start(root: Path, began: float) -> dict[str, object]:
     """Seconds and MiB until the data sets are there, and until the first batch is, as in a training run."""
     data = data_of(root)
-    prepare_workers()
+    worker_context()
     listing = list_and_look(data)
     train, val = (VideoDataset(data, split, 0, listing) for split in ("train", "val"))
     assert train.items and val.items

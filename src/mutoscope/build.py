@@ -39,8 +39,15 @@ def build_encoder(
         stats=stats,
         load_text=recipe.text.build if recipe.text else None,
         first_frame=recipe.first_frame,
+        window=recipe.data.latent_window,
+        fps=frame_rate(recipe),
         trust_code=trust_code,
     )
+
+
+def frame_rate(recipe: Recipe) -> float | None:
+    """Frames per second of the recipe's training clips, where it sets them."""
+    return None if recipe.data.fps is None else recipe.data.fps / recipe.data.frame_interval
 
 
 def encoder_of(
@@ -50,20 +57,25 @@ def encoder_of(
     stats: LatentStats | None = None,
     load_text: Callable[[], Callable[[list[str]], Cond]] | None = None,
     first_frame: bool = False,
+    window: int | None = None,
+    fps: float | None = None,
     trust_code: bool = False,
 ) -> Encoder:
     """As `build_encoder`, for those who know of an autoencoder and not of a recipe."""
     if config is None:
-        return Encoder(stats=stats, load_text=load_text, device=device)
+        return Encoder(stats=stats, load_text=load_text, window=window, fps=fps, device=device)
     load = partial(load_autoencoder, config, trust_code=trust_code)
     if config.recipe is not None:  # a run's own is small: what is wrong with it is told at once
-        return Encoder(load(), stats=stats, load_text=load_text, dtype=config.dtype, device=device)
+        return Encoder(load(), stats=stats, load_text=load_text, window=window, fps=fps, dtype=config.dtype,
+                       device=device)  # fmt: skip
     return Encoder(
         load,
         spec=latent_spec(config),
         stats=scaling_stats(config.path),
         load_text=load_text,
         first_frame=first_frame,
+        window=window,
+        fps=fps,
         dtype=config.dtype,
         device=device,
     )
@@ -86,18 +98,32 @@ def latent_spec(autoencoder: Autoencoder | None) -> LatentSpec:
 def model_io(recipe: Recipe, spec: LatentSpec | None = None) -> ModelIO:
     """What the recipe's model has to fit. `spec` is its autoencoder's, where that is loaded already.
 
-    Raises ValueError where the clips' size does not fit the autoencoder.
+    Raises ValueError where the clips' size does not fit the autoencoder, or the window of latents does not fit them.
     """
     spec = spec or latent_spec(recipe.autoencoder)
     data = recipe.data
+    grid = lambda frames, height, width: _windowed(spec.latent_shape(frames, height, width), data.latent_window, spec)
     return ModelIO(
         channels=spec.channels,
-        grid=spec.latent_shape(data.frames, data.height, data.width),
-        more_grids=tuple(spec.latent_shape(b.frames, b.height, b.width) for b in data.buckets),
+        out_channels=recipe.objective.out_channels(spec.channels),
+        grid=grid(data.frames, data.height, data.width),
+        more_grids=tuple(grid(b.frames, b.height, b.width) for b in data.buckets),
         vocab=spec.vocab,
         text_dim=recipe.text.dim if recipe.text else None,
         num_labels=data.num_labels,
     )
+
+
+def _windowed(grid: tuple[int, int, int], window: int | None, spec: LatentSpec) -> tuple[int, int, int]:
+    if window is None:
+        return grid
+    if window > grid[0]:
+        raise ValueError(f"data.latent_window={window}: a clip has only {grid[0]} latents along time; take fewer, or "
+                         "more data.frames")  # fmt: skip
+    if spec.first_frame_alone and window < grid[0]:
+        raise ValueError(f"data.latent_window={window}: this autoencoder's first latent is one frame and the others "
+                         "are several, so that no other can come first; set it to none")  # fmt: skip
+    return window, grid[1], grid[2]
 
 
 def build_model(recipe: Recipe, spec: LatentSpec | None = None) -> nn.Module:

@@ -44,6 +44,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     pretrained = recipe.autoencoder is not None and recipe.autoencoder.recipe is None
     if (recipe.validation_file is not None or recipe.first_frame) and not pretrained:
         yield "recipe: validation_file and first_frame are for pretrained models, with an autoencoder of a checkpoint"
+    if data.latent_window is not None and recipe.first_frame:
+        yield "recipe.data.latent_window: a clip's first frame is not that of a window of it; set it to none"
     if data.latents is not None:
         if recipe.autoencoder is None:
             yield "recipe.data.latents: latents are an autoencoder's; set recipe.autoencoder to the one that made them"

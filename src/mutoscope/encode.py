@@ -50,7 +50,7 @@ from mutoscope.errors import ConfigError, listed
 from mutoscope.progress import Bars
 from mutoscope.recipe import Autoencoder, Data, Recipe
 from mutoscope.types import NO_LABEL
-from mutoscope.workers import follow_parent, prepare_workers, worker_context
+from mutoscope.workers import follow_parent, keep_memory, worker_context
 
 Work = list[tuple[StoredItem, Item]]
 """Clips to encode."""
@@ -83,7 +83,7 @@ def encode(recipe: Recipe, out: Path, workers: int = 0, progress: bool = True, t
     recipe = recipe.model.complete(recipe)
     assert recipe.autoencoder is not None
     if workers:
-        prepare_workers()
+        worker_context()
     encoder = build_encoder(recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu"), trust_code=trust_code)
     for shape in recipe.data.shapes(recipe.batch_size):
         encoder.spec.latent_shape(shape.frames, shape.height, shape.width)
@@ -321,6 +321,7 @@ def _in_processes(job: Job, shards: list[tuple[int, Work]], workers: int, tell: 
 def _work(job: Job, shards: list[tuple[int, Work]], device: str, threads: int, pipe: connection.Connection) -> None:
     """The life of a worker process."""
     follow_parent()
+    keep_memory()
     torch.set_num_threads(threads)
     try:
         encode_shards(job, shards, device, pipe.send)

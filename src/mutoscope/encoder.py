@@ -52,19 +52,22 @@ class Encoder:
         text: Callable[[list[str]], Cond] | None = None,
         load_text: Callable[[], Callable[[list[str]], Cond]] | None = None,
         first_frame: bool = False,
+        window: int | None = None,
+        fps: float | None = None,
         dtype: str = "fp32",
         device: torch.device | str = "cpu",
     ) -> None:
         """autoencoder: None for pixels, which all methods then pass through; or the function that loads it when it is
         first needed, with its `spec`. stats: of its latents; tokens and pixels have none. text: the text encoder, None
         without; `load_text` loads it when it is first needed. first_frame: conditions hold each clip's first frame.
-        dtype: fp32, bf16 or fp16, which moments and embeddings are rounded to, stored or not. device: where the work
-        is done, and where results are."""
+        window: latents along time that a batch has of each clip, a random stretch of them; None for all. fps: what
+        conditions say of the videos' rate. dtype: fp32, bf16 or fp16, which moments and embeddings are rounded to,
+        stored or not. device: where the work is done, and where results are."""
         self.device = torch.device(device)
         self.dtype = DTYPES[dtype]
         self.spec = spec if spec is not None else PIXELS if autoencoder is None else _spec_of(autoencoder)
         self.stats = stats
-        self.first_frame = first_frame
+        self.first_frame, self.window, self.fps = first_frame, window, fps
         self.is_pixels = autoencoder is None
         self._autoencoder = self._prepared(autoencoder) if isinstance(autoencoder, nn.Module) else None
         self._load = None if isinstance(autoencoder, nn.Module) else autoencoder
@@ -127,28 +130,36 @@ class Encoder:
 
     @torch.no_grad()
     def text(self, captions: list[str]) -> Cond:
-        """Captions -> Cond, empty where there is no text encoder. One caption at a time, for the reason clips are."""
+        """Captions -> Cond, without them where there is no text encoder. One caption at a time, for the reason clips
+        are."""
         if self.embed is None:
-            return Cond()
+            return self._with_rate(Cond(), len(captions))
         cond = Cond.stack([self.embed([caption]) for caption in captions])
         rounded = lambda embedded: embedded if embedded is None else embedded.to(self.dtype).float()
-        return replace(cond, text=rounded(cond.text), null_text=rounded(cond.null_text)).to(self.device)
+        cond = replace(cond, text=rounded(cond.text), null_text=rounded(cond.null_text)).to(self.device)
+        return self._with_rate(cond, len(captions))
+
+    def _with_rate(self, cond: Cond, num: int) -> Cond:
+        return cond if self.fps is None else replace(cond, fps=torch.full((num,), float(self.fps), device=self.device))
 
     def batch(self, clips: Clips | StoredClips, draw: Draw | None = None) -> Batch:
         """What an objective learns from, of clips as they come from files or from a store.
 
         Where there is no autoencoder, `video` is set, and `latents` to the same tensor. Embeddings come from the store
-        if it has them. `draw` is for posteriors and for the noise on the first frame; without it, neither is drawn.
+        if it has them. `draw` is for windows, posteriors and the noise on the first frame; without it, windows are the
+        first, and nothing else is drawn.
         """
         if isinstance(clips, StoredClips):
             moments, images = clips.moments.to(self.device), clips.images
             stored = clips.cond.text is not None
-            cond = clips.cond.to(self.device) if stored else self.text(clips.captions)
+            text = self._with_rate(clips.cond.to(self.device), len(clips.ids)) if stored else None
+            cond = text or self.text(clips.captions)
         else:
             moments, images = self.moments(to_pixels(clips.video.to(self.device))), clips.video[:, :1]
             cond = self.text(clips.captions)
         cond = replace(cond, label=clips.labels.to(self.device))
         batch = Batch(ids=clips.ids, samples=clips.samples, cond=cond)
+        moments = self._windowed(moments, draw)
         if self.spec.vocab:
             return replace(batch, tokens=moments)
         latents = self.latents(moments, draw)
@@ -156,6 +167,18 @@ class Encoder:
             assert images is not None
             batch = replace(batch, cond=replace(cond, known=self.known(images, latents.shape[2], draw)))
         return replace(batch, latents=latents, video=latents if self.is_pixels else None)
+
+    def _windowed(self, moments: Tensor, draw: Draw | None) -> Tensor:
+        """A stretch of each clip's moments or tokens along time, where a window is set."""
+        frames = moments.shape[-3]
+        if self.window is None or self.window == frames:
+            return moments
+        first = torch.zeros(len(moments), dtype=torch.long, device=moments.device)
+        if draw is not None:
+            first = (draw.uniform() * (frames - self.window + 1)).long().clamp(max=frames - self.window)
+        places = first[:, None] + torch.arange(self.window, device=moments.device)
+        rows = torch.arange(len(moments), device=moments.device)[:, None]
+        return moments.movedim(-3, 1)[rows, places].movedim(1, -3)
 
     @torch.no_grad()
     def known(self, images: UInt8[Tensor, "b 1 h w 3"], frames: int, draw: Draw | None) -> Float[Tensor, "b c t y x"]:

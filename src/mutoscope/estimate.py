@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.flop_counter import flop_registry
 
 from mutoscope.autoencoders.pretrained import load_autoencoder
-from mutoscope.build import latent_spec, model_io
+from mutoscope.build import frame_rate, latent_spec, model_io
 from mutoscope.data.dataset import Clips
 from mutoscope.data.store import LatentStats, StoredClips
 from mutoscope.encoder import Encoder
@@ -114,6 +114,8 @@ def estimate(recipe: Recipe) -> Estimate:
             stats=stats,
             text=partial(_fake_text, recipe.text) if recipe.text else None,
             first_frame=recipe.first_frame,
+            window=recipe.data.latent_window,
+            fps=frame_rate(recipe),
         )
         with tracker:
             _train_step(recipe, model, encoder, _fake_clips(recipe, encoder), tracker)

@@ -102,6 +102,7 @@ def _judge_samples(
     figures = {"seconds_per_clip": (time.monotonic() - started) / num}
 
     real = torch.stack([clips[i, i].video for i in range(min(len(clips), MOST_REAL))])
+    real = real[:, : drawn.shape[1]]  # a model of windows draws shorter ones
     frechet = FrechetDistance(random_conv_features(seed=0))
     frechet.update(drawn, real=False)
     frechet.update(real, real=True)

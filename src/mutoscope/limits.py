@@ -42,6 +42,7 @@ LIMITS: dict[str, Limits] = {
     "data.timeout": POSITIVE,
     "data.val_fraction": SHARE,
     "data.num_labels": AT_LEAST_0,
+    "data.latent_window": AT_LEAST_1,
     "data.workers": AT_LEAST_0,
     "lora.rank": AT_LEAST_1,
     "lora.alpha": POSITIVE,

@@ -39,6 +39,10 @@ class ObjectiveConfig:
     """What is learned. May call the model only through ``model(...)``: a call to any other method by-passes the
     hooks of DDP and FSDP and leaves gradients that differ between ranks, silently."""
 
+    def out_channels(self, channels: int) -> int:
+        """Channels that it wants of a denoiser for latents of so many."""
+        return channels
+
     def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Loss:
         """The batch's loss; all randomness comes from `draw`."""
         raise TypeError(f"{type(self).__name__} has no loss method")
@@ -179,6 +183,9 @@ class Data(ClipSet):
     """Broken clips that a run goes on without; one more stops it."""
     timeout: float = 60.0
     """Seconds after which the reading of a clip is given up and the clip counts as broken."""
+    latent_window: int | None = None
+    """Latents along time that the model is given of each clip, another random stretch of them each time; samples are
+    as long. none: all of the clip's."""
     latents: str | None = None
     """A LatentStore made by `mutoscope encode`; training then reads it in place of the clips."""
     workers: int = 0
@@ -259,8 +266,9 @@ class Lora:
 class Sampler:
     """How videos are drawn."""
 
-    method: Literal["euler", "heun", "ddim"] = "euler"
-    """The solver. Euler is DDIM with eta = 0 (the same update); Heun calls the model twice a step."""
+    method: Literal["euler", "heun", "ddim", "dpmpp_2m", "ancestral"] = "euler"
+    """The solver. Euler is DDIM with eta = 0 (the same update); Heun calls the model twice a step; DPM-Solver++ (2M)
+    needs the fewest steps; ancestral sampling puts noise back, by the learned variance where the objective has one."""
     steps: int = 30
     """Steps from noise to video."""
     guidance_scale: float = 1.0

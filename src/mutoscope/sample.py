@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from mutoscope.build import build_encoder, build_trained, model_io
 from mutoscope.contradictions import validate
-from mutoscope.data.dataset import to_uint8
-from mutoscope.data.video import write_video
+from mutoscope.data.dataset import to_pixels, to_uint8
+from mutoscope.data.video import frame_index, frames_at, read_frames, resize, write_video
 from mutoscope.encoder import Encoder
 from mutoscope.loading import RECIPE_FILE
 from mutoscope.models.cogvideox import CogVideoX, CogVideoXModel
@@ -120,10 +120,13 @@ def inference(recipe: Recipe, model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def conditions(generator: Generator, num: int, label: int | None, prompt: str | None) -> Cond:
-    """The condition of `num` videos of one label and prompt.
+def conditions(
+    generator: Generator, num: int, label: int | None, prompt: str | None, prefix: Tensor | None = None
+) -> Cond:
+    """The condition of `num` videos of one label and prompt, which begin with the latents of `prefix`.
 
-    Raises ValueError where the model was not trained with labels or captions, or the label is out of range.
+    Raises ValueError where the model was not trained with labels, captions or given frames, or the label is out of
+    range.
     """
     recipe = generator.recipe
     if label is not None and not 0 <= label < recipe.data.num_labels:
@@ -136,7 +139,49 @@ def conditions(generator: Generator, num: int, label: int | None, prompt: str | 
     cond = generator.encoder.text([prompt or ""] * num)
     if recipe.data.num_labels:
         cond = replace(cond, label=torch.full((num,), NO_LABEL if label is None else label, device=generator.device))
+    if prefix is not None:
+        if not (isinstance(recipe.objective, Diffusion) and recipe.objective.prefix_share):
+            raise ValueError("--video, --image: the model was not trained to go on from frames that are given; train "
+                             "it with --objective.prefix-share 0.2")  # fmt: skip
+        cond = _begun(cond, prefix, model_io(recipe, generator.encoder.spec).grid[0], num)
     return cond
+
+
+def _begun(cond: Cond, prefix: Float[Tensor, "1 c n h w"], frames: int, num: int) -> Cond:
+    given = prefix.shape[2]
+    known = torch.nn.functional.pad(prefix, (0, 0, 0, 0, 0, frames - given)).expand(num, -1, -1, -1, -1)
+    return replace(cond, known=known, known_mask=(torch.arange(frames, device=known.device) < given).expand(num, -1))
+
+
+def encode_prefix(generator: Generator, video: Path | None, image: Path | None, known_frames: int | None) -> Tensor:
+    """What a video begins with, of the first `known_frames` frames of a file, or of one image: its first latents,
+    normalised, (1, c, n, h, w), or its first tokens, (1, n, h, w).
+
+    The frames are resampled and cut as the recipe's clips are, and the last of them is held until the end of the clip
+    that the autoencoder is shown, so that what follows is not looked at. An image stands still for as many frames as
+    one latent takes. Raises ValueError for a number of frames that makes no whole latents, too many of them, or both
+    files; VideoError where the file can't be read or is too short.
+    """
+    recipe, encoder = generator.recipe, generator.encoder
+    if (video is None) == (image is None):
+        raise ValueError("--video, --image: give one of the two")
+    if (video is None) != (known_frames is None):
+        raise ValueError("--known-frames is how many frames of --video are given: it goes with --video, and only there")
+    data, spec, grid = recipe.data, encoder.spec, model_io(recipe, encoder.spec).grid
+    source, wanted = (image, 1) if video is None else (video, known_frames or 0)
+    latents = 1 if video is None else spec.latent_shape(wanted, data.height, data.width)[0]
+    if latents >= grid[0]:
+        raise ValueError(f"--known-frames {wanted}: the model draws {spec.pixel_shape(*grid)[0]} frames, and some must "
+                         "be left for it to draw")  # fmt: skip
+    assert source is not None
+    numbers = frames_at(frame_index(source), data.fps)[:: data.frame_interval]
+    if len(numbers) < wanted:
+        raise ValueError(f"--known-frames {wanted}: {source} has {len(numbers)}, at the rate of the model's clips")
+    mode = "crop" if data.resize == "random_crop" else data.resize
+    frames = torch.from_numpy(resize(read_frames(source, numbers[:wanted]), data.height, data.width, mode))
+    held = torch.arange(spec.pixel_shape(*grid)[0]).clamp(max=wanted - 1)
+    moments = encoder.moments(to_pixels(frames[held][None].to(generator.device)))
+    return moments[:, :latents] if spec.vocab else encoder.latents(moments)[:, :, :latents]
 
 
 def sample_videos(
@@ -158,6 +203,9 @@ def sample_run(
     num: int = 1,
     label: int | None = None,
     prompt: str | None = None,
+    video: Path | None = None,
+    image: Path | None = None,
+    known_frames: int | None = None,
     seed: int = 0,
     steps: int | None = None,
     guidance_scale: float | None = None,
@@ -171,6 +219,8 @@ def sample_run(
         num: videos to draw.
         label: class of the videos, for models trained with labels.
         prompt: caption of the videos, for models trained with captions.
+        video, known_frames: the videos begin with so many frames of this one; for models trained with given frames.
+        image: likewise, one frame.
         seed: the i-th video of a seed is the same whatever `num` is.
         steps, guidance_scale: in place of the recipe's.
         on_videos: called with the number of videos drawn since the last call, for progress.
@@ -191,14 +241,16 @@ def sample_run(
         sampler = replace(sampler, steps=steps)
     generator = replace(generator, recipe=replace(generator.recipe, sampler=sampler))
     validate(generator.recipe)
-    cond = conditions(generator, num, label, prompt)
+    given = video is not None or image is not None or known_frames is not None
+    prefix = encode_prefix(generator, video, image, known_frames) if given else None
+    cond = conditions(generator, num, label, prompt, prefix)
     what = "-".join([f"label{label}"] * (label is not None) + [f"seed{seed}"])
     out = out or folder / "drawn" / f"{what}.mp4"
     out.parent.mkdir(parents=True, exist_ok=True)
     paths = [out] if num == 1 else [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(num)]
-    videos = sample_videos(generator, cond, num, seed, on_videos)
-    for path, video in zip(paths, videos, strict=True):
-        write_video(path, video.numpy(), generator.recipe.data.fps or 8)
+    drawn = sample_videos(generator, cond, num, seed, on_videos)
+    for path, frames in zip(paths, drawn, strict=True):
+        write_video(path, frames.numpy(), generator.recipe.data.fps or 8)
     return paths
 
 

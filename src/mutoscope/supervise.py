@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import queue
 import signal
 import threading
@@ -11,10 +10,10 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import connection, resource_tracker
+from multiprocessing import connection
 from typing import Any, TypeVar
 
-from mutoscope.workers import follow_parent
+from mutoscope.workers import follow_parent, worker_context
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -143,12 +142,10 @@ class _Worker:
     """A process and what it works on."""
 
     def __init__(self, work: Callable[[Any, Alive], Any]) -> None:
-        context = multiprocessing.get_context("spawn")  # A fork of a process with threads may hang.
+        context = worker_context()
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(work, theirs), daemon=True)
-        # Ctrl-C reaches all processes: none may print a traceback while it still imports. The tracker is started by
-        # hand, for it would unblock the signal.
-        resource_tracker.ensure_running()
+        # Interrupted half-way, it would be a process that nobody knows and ends.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self.process.start()

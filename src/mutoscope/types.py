@@ -78,6 +78,11 @@ class Cond:
     known: Float[Tensor, "b c t h w"] | None = None
     """Latents of the frames that are given (the image of image-to-video), scaled as the model takes them; zero where
     nothing is."""
+    known_mask: Bool[Tensor, "b t"] | None = None
+    """True on latent frames that are given clean: the model sees them in place of noise, at a time of their own, and
+    the loss does not count them. None where `known` is an input beside the noise, as in CogVideoX's image to video."""
+    fps: Float[Tensor, "b"] | None = None
+    """Frames per second that the video shows; 0 where that is not known."""
 
     def __post_init__(self) -> None:
         # Without a mask, padding and dropped captions would be attended to as if they were words
@@ -85,6 +90,8 @@ class Cond:
             raise ValueError("a Cond needs both of text and text_mask, or neither")
         if self.null_text is not None and self.text is None:
             raise ValueError("a Cond with null_text needs text, whose place it takes where captions are dropped")
+        if self.known_mask is not None and self.known is None:
+            raise ValueError("a Cond with known_mask needs known, the latents of the frames that it says are given")
 
     def dropped(self, drop: Bool[Tensor, "b"]) -> Cond:
         """This condition with all of it removed for the samples where `drop` is True.
@@ -107,7 +114,8 @@ class Cond:
         """This condition with no frames known for the samples where `drop` is True."""
         if self.known is None:
             return self
-        return replace(self, known=self.known * ~drop[:, None, None, None, None])
+        mask = None if self.known_mask is None else self.known_mask & ~drop[:, None]
+        return replace(self, known=self.known * ~drop[:, None, None, None, None], known_mask=mask)
 
     def to(self, device: torch.device) -> Cond:
         """The same condition on another device."""
@@ -130,6 +138,8 @@ class Cond:
             null_text=_cat([c.null_text for c in conds]),
             label=_cat([c.label for c in conds]),
             known=_cat([c.known for c in conds]),
+            known_mask=_cat([c.known_mask for c in conds]),
+            fps=_cat([c.fps for c in conds]),
         )
 
 
@@ -240,6 +250,9 @@ class ModelIO:
 
     channels: int
     """Channels of the latents (3 for pixels)."""
+    out_channels: int | None = None
+    """Channels that the objective wants of a denoiser, where it wants more than `channels`: 2·channels for a learned
+    variance."""
     grid: tuple[int, int, int]
     """(t, h, w) that the recipe samples at, and trains at where it has no buckets."""
     more_grids: tuple[tuple[int, int, int], ...] = ()

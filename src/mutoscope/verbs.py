@@ -18,6 +18,7 @@ import tyro
 
 from mutoscope.data_verbs import Check, FindCuts, MakeClips, MakeFlyingMNIST, Stats
 from mutoscope.errors import ConfigError
+from mutoscope.workers import worker_context
 
 if TYPE_CHECKING:
     from mutoscope.recipe import Recipe
@@ -135,6 +136,8 @@ class Encode(OnRecipe):
     """Processes, each with an autoencoder of its own; 0 works in this one."""
 
     def run(self, flags: Sequence[str]) -> None:
+        if self.workers:
+            worker_context()  # they import torch while this process does
         from mutoscope.encode import encode
 
         recipe = self.load(flags)
@@ -209,7 +212,7 @@ class OnRun:
 class Sample:
     """Draw videos from a finished run, or from a CogVideoX checkpoint, and print the paths of their files.
 
-    Options below --steps are for CogVideoX alone."""
+    Options below --known-frames are for CogVideoX alone."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
     """A run directory; or a CogVideoX checkpoint: a folder in diffusers' format, a Hub id or tiny://NAME."""
@@ -227,12 +230,15 @@ class Sample:
     """Classifier-free guidance, in place of the recipe's."""
     steps: int | None = None
     """Steps of the sampler, in place of the recipe's."""
+    image: Path | None = None
+    """The first frame: of CogVideoX for image to video, or where the run was trained with given frames."""
+    video: Path | None = None
+    """The video whose --known-frames the videos begin with, where the run was trained with given frames; for text to
+    video by CogVideoX, the video to start from."""
+    known_frames: int | None = None
+    """How many frames of --video are given; the rest is drawn. Not for CogVideoX."""
     negative_prompt: str | None = None
     """What guidance leads away from; nothing unless you say otherwise."""
-    image: Path | None = None
-    """The first frame, for image to video."""
-    video: Path | None = None
-    """The video to start from, for text to video."""
     strength: float | None = None
     """How much of that video is drawn anew, from 0 to 1."""
     frames: int | None = None
@@ -266,6 +272,8 @@ class Sample:
         if recipe is not None or not (folder / "recipe.toml").exists():
             if self.label is not None:
                 raise ConfigError("--label: CogVideoX has no classes; describe the video by --prompt")
+            if self.known_frames is not None:
+                raise ConfigError("--known-frames: CogVideoX starts from one --image, or draws a --video anew")
             sampler = recipe.sampler if recipe is not None else None
             steps = self.steps or (sampler.steps if isinstance(sampler, Sampler) else 50)
             with _progress("drawing", self.num * steps) as tick:
@@ -281,7 +289,7 @@ class Sample:
                     on_step=lambda: tick(1),
                 )
         else:
-            if strange := [f"--{name.replace('_', '-')}" for name in wishes if name not in ("steps", "guidance_scale")]:
+            if strange := [f"--{name.replace('_', '-')}" for name in wishes if name not in _OF_EVERY_RUN]:
                 raise ConfigError(f"{', '.join(strange)}: only for CogVideoX, which {folder} is not")
             with _progress("drawing", self.num) as tick:
                 paths = sample_run(
@@ -290,6 +298,9 @@ class Sample:
                     num=self.num,
                     label=self.label,
                     prompt=self.prompt,
+                    video=self.video,
+                    image=self.image,
+                    known_frames=self.known_frames,
                     seed=self.seed,
                     steps=self.steps,
                     guidance_scale=self.guidance_scale,
@@ -302,6 +313,8 @@ class Sample:
 _WISHES = ("negative_prompt", "image", "video", "strength", "frames", "height", "width", "fps", "steps",
            "guidance_scale", "dynamic_guidance", "scheduler")  # fmt: skip
 """Options of `Sample` that are fields of `samplers.request.Request`."""
+_OF_EVERY_RUN = ("steps", "guidance_scale", "image", "video")
+"""Those of them that are not for CogVideoX alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,9 @@ from mutoscope.data.media import Media
 from mutoscope.data.seeking import FrameIndex
 from mutoscope.data.sources.layouts import Clip
 from mutoscope.data.video import VideoInfo, frame_index, frames_at, write_video
+from mutoscope.supervise import Alive
+
+probe_each = index_module._probe_each
 
 
 @pytest.fixture(autouse=True)
@@ -267,6 +270,31 @@ def test_one_that_hangs_holds_up_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     assert infos[0] == f"{tmp_path / 'stuck.mp4'}: given up after 0.3 seconds"
     assert [info.frames for info in infos[1:]] == [8, 8]
     assert time.monotonic() - begin < 2.5
+
+
+def dying(job: list[tuple[int, list[Clip]]], alive: Alive, timeout: float) -> list[list[ClipInfo | str]]:
+    if any(clip.path.endswith("fatal.mp4") for _, clips in job for clip in clips):
+        os.abort()
+    return probe_each(job, alive, timeout)
+
+
+def test_many_files_are_looked_at_in_processes_where_a_crash_is_a_broken_clip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "MANY", 20)
+    monkeypatch.setattr(index_module, "PROCESSES", 2)
+    monkeypatch.setattr(index_module, "_probe_each", dying)
+    sound = video(tmp_path / "0.mp4")
+    names = [*map(str, range(1, 20)), "fatal"]
+    for name in names:
+        os.link(sound, tmp_path / f"{name}.mp4")
+    (tmp_path / "empty.mp4").touch()
+    clips = [clip_of(tmp_path / f"{name}.mp4") for name in ["0", *names, "empty"]]
+    told: list[None] = []
+    infos = inspect(clips, on_clip=lambda: told.append(None))
+    assert len(told) == len(clips) and [i.frames for i in infos[:20]] == [8] * 20
+    assert infos[20] == f"{clips[20].path}: the process that read it died: Aborted (signal 6)"
+    assert infos[21] == f"{clips[21].path}: can't be read as a video: the file is empty"
 
 
 def test_mistakes_of_ours_are_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

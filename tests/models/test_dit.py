@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mutoscope.models.dit import DiT, DiTBlock, DiTModel
 from mutoscope.models.layers import Attention, grid_sinusoid, modulate, sinusoid
+from mutoscope.models.patches import patchify, unpatchify
 from mutoscope.types import NO_LABEL, Cond, ModelIO
 
 IO = ModelIO(channels=3, grid=(4, 4, 6), text_dim=12, num_labels=5)
@@ -62,7 +63,7 @@ def test_a_block_mixes_along_its_own_axis_only(along: Literal["space", "time", "
     t, n, width = 3, 4, 16
     block = shaken(DiTBlock(DiT(depth=2, width=width, heads=2), text_dim=None, along=along))
     generator = torch.Generator().manual_seed(0)
-    found = flow(block, torch.randn(1, t, n, width, generator=generator), torch.randn(1, width, generator=generator))
+    found = flow(block, torch.randn(1, t, n, width, generator=generator), torch.randn(1, 1, width, generator=generator))
     same_frame = torch.eye(t, dtype=torch.bool)[:, None, :, None].expand(t, n, t, n)
     same_place = torch.eye(n, dtype=torch.bool)[None, :, None, :].expand(t, n, t, n)
     expected = {"space": same_frame, "time": same_place, "all": torch.ones_like(same_frame)}[along]
@@ -72,7 +73,7 @@ def test_a_block_mixes_along_its_own_axis_only(along: Literal["space", "time", "
 def test_factorised_blocks_take_turns_and_joint_ones_see_all() -> None:
     """Latte's Variant 1: space, time, space, time."""
     generator = torch.Generator().manual_seed(0)
-    x, c = torch.randn(1, 2, 3, 32, generator=generator), torch.randn(1, 32, generator=generator)
+    x, c = torch.randn(1, 2, 3, 32, generator=generator), torch.randn(1, 1, 32, generator=generator)
     for attention, expected in (("factorised", [6 * 3, 6 * 2] * 2), ("joint", [6 * 6] * 4)):
         model = built(depth=4, attention=attention)
         assert [int(flow(block, x, c).sum()) for block in model.blocks] == expected
@@ -95,7 +96,7 @@ def test_a_fresh_model_says_zero_and_its_blocks_do_nothing() -> None:
     assert torch.equal(model(x, time, texts()), torch.zeros_like(x))
     tokens = torch.randn(2, 2, 4, 32)
     for block in model.blocks:
-        assert torch.equal(block(tokens, torch.randn(2, 32), texts().text, texts().text_mask), tokens)
+        assert torch.equal(block(tokens, torch.randn(2, 1, 32), texts().text, texts().text_mask), tokens)
 
 
 def test_a_fresh_model_learns_in_every_parameter() -> None:
@@ -208,8 +209,8 @@ def test_attention_against_its_formula() -> None:
 
 
 def test_modulation_and_sinusoids() -> None:
-    x = torch.tensor([[[1.0, 2.0]]])
-    assert modulate(x, torch.tensor([[10.0, 20.0]]), torch.tensor([[0.0, 1.0]])).tolist() == [[[11.0, 24.0]]]
+    x = torch.tensor([[[[1.0, 2.0]]]])
+    assert modulate(x, torch.tensor([[[10.0, 20.0]]]), torch.tensor([[[0.0, 1.0]]])).tolist() == [[[[11.0, 24.0]]]]
     table = sinusoid(torch.tensor([0.0, 3.0]), 4)
     expected = torch.tensor([[0.0, 0.0, 0.0, 0.0], [3.0, 0.03, 3.0, 0.03]])
     torch.testing.assert_close(table, torch.cat([expected[:, :2].cos(), expected[:, 2:].sin()], 1))
@@ -231,10 +232,10 @@ def test_every_place_of_the_grid_has_its_own_position() -> None:
 def test_patches_come_back_as_the_video_they_were_cut_from(patch: tuple[int, int, int]) -> None:
     model = built(patch=patch)
     x, _ = inputs()
-    patches = model._patchify(x, model.grid)
+    patches = patchify(x, patch)
     t, h, w = (size // p for size, p in zip(IO.grid, patch, strict=True))
     assert patches.shape == (2, t, h * w, 3 * patch[0] * patch[1] * patch[2])
-    assert torch.equal(model._unpatchify(patches, model.grid), x)
+    assert torch.equal(unpatchify(patches, model.grid, patch), x)
     # A token holds one patch of the video, and nothing of its neighbours
     first = x[0, :, : patch[0], : patch[1], : patch[2]]
     assert torch.equal(patches[0, 0, 0].sort().values, first.flatten().sort().values)
@@ -245,7 +246,7 @@ def test_videos_are_independent_of_their_company() -> None:
     together = model(x, time, cond)
     for i in range(4):
         row = slice(i, i + 1)
-        torch.testing.assert_close(model(x[row], time[row], cond.rows(row)), together[row], atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(model(x[row], time[row], cond.rows(row)), together[row], atol=5e-5, rtol=1e-5)
 
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}

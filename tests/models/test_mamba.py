@@ -143,7 +143,7 @@ def test_the_cache_does_not_grow(version: int) -> None:
 
 
 @VERSIONS
-@pytest.mark.parametrize("chunk", [1, 16, 59])
+@pytest.mark.parametrize("chunk", [7, 59])
 def test_chunks_change_no_number_and_no_gradient(version: int, chunk: int) -> None:
     tokens, cond = inputs()
     found = {}
@@ -168,20 +168,19 @@ def test_a_cached_prefix_goes_in_chunks_too(version: int) -> None:
 
 @VERSIONS
 def test_sampling_with_states_is_sampling_without_and_goes_on_from_known_frames(version: int) -> None:
-    model, (tokens, cond) = built(version), inputs()
+    io = replace(IO, grid=(3, 2, 3))
+    model, (tokens, cond) = built(version, io), inputs(io=io)
 
-    def forgetful(
-        tokens: Tensor, cond: Cond, start: Tensor | None = None, length: int | None = None,
-        cache: TokenCache | None = None,
-    ) -> Tensor:  # fmt: skip
-        assert start is not None and length is not None
-        end = int(start[0]) + length
-        return model(tokens, cond, torch.zeros_like(start), end)[:, -length:]
+    class Forgetful(torch.nn.Module):
+        """Begins anew for each token."""
+
+        def forward(self, tokens: Tensor, cond: Cond, start: Tensor, length: int, cache: TokenCache) -> Tensor:
+            return model(tokens, cond, torch.zeros_like(start), int(start[0]) + length)[:, -length:]
 
     for sampler in (TokenSampler(temperature=0), TokenSampler(top_k=5, guidance_scale=2.0)):
         draw = lambda: Draw(0, "sample", [0, 1])
-        drawn = sample_tokens(model, sampler, cond, IO.grid, draw(), known=tokens[:, :1])
-        assert torch.equal(drawn, sample_tokens(forgetful, sampler, cond, IO.grid, draw(), known=tokens[:, :1]))
+        drawn = sample_tokens(model, sampler, cond, io.grid, draw(), known=tokens[:, :1])
+        assert torch.equal(drawn, sample_tokens(Forgetful(), sampler, cond, io.grid, draw(), known=tokens[:, :1]))
         assert torch.equal(drawn[:, :1], tokens[:, :1])
 
 
@@ -205,14 +204,12 @@ def test_every_parameter_gets_a_gradient_and_recomputed_blocks_the_same(version:
 
 
 def peak(version: int, frames: int, chunk: int) -> int:
-    """Bytes of activations at the most, in a forward and backward pass over so many frames of 64 tokens."""
-    io = ModelIO(channels=3, grid=(frames, 8, 8), vocab=4)
+    """Bytes of activations at the most, in a forward and backward pass over so many frames of 16 tokens."""
+    io = ModelIO(channels=3, grid=(frames, 4, 4), vocab=4)
     model = replace(SMALL[version], width=32, chunk=chunk).build(io)
     tracker = _Tracker()
     tracker.tell("weights", model.parameters())
     tokens = torch.zeros(1, *io.grid, dtype=torch.long)
-    model(tokens, Cond()).sum().backward()  # fills the caches of places
-    model.zero_grad()
     with tracker:
         model(tokens, Cond()).sum().backward()
     return tracker.peak["activations"]
@@ -220,12 +217,12 @@ def peak(version: int, frames: int, chunk: int) -> int:
 
 @VERSIONS
 def test_activations_of_one_chunk_live_at_a_time(version: int) -> None:
-    short, long, whole = peak(version, 4, 64), peak(version, 16, 64), peak(version, 16, 0)
+    short, long, whole = peak(version, 4, 16), peak(version, 16, 16), peak(version, 16, 0)
     config = SMALL[version]
     inner = 2 * 32
     # What grows: the states that chunks begin at, and logits, their gradients and tokens
     states = config.depth * (inner * config.state + 3 * (inner + (2 * config.state if version == 2 else 0))) * 4
-    tokens = 64 * (3 * 4 * 4 + 4 * 8)
+    tokens = 16 * (3 * 4 * 4 + 4 * 8)
     assert long - short < 12 * (states + tokens)
     assert long < whole / 3
 
@@ -302,10 +299,9 @@ def test_blocks_are_transformers_blocks(version: int) -> None:
     found.square().sum().backward()
     torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(mine.grad, other.grad, atol=1e-5, rtol=1e-4)
-    for (name, p), q in zip(ours.blocks.named_parameters(), theirs.backbone.layers.parameters(), strict=False):
-        theirs_of_name = dict(theirs.backbone.layers.named_parameters())[name]
-        assert q is not None
-        torch.testing.assert_close(p.grad, theirs_of_name.grad.view(p.shape), atol=1e-4, rtol=1e-3)
+    gradients = {name: q.grad for name, q in theirs.backbone.layers.named_parameters()}
+    for name, p in ours.blocks.named_parameters():
+        assert (p.grad - gradients[name].view(p.shape)).norm() < 1e-5 * p.grad.norm(), name
 
 
 @VERSIONS
@@ -346,16 +342,15 @@ def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str
 
 
 def test_latents_are_refused() -> None:
-    with pytest.raises(ValueError, match="a model over tokens"):
+    with pytest.raises(ValueError, match="this model is over tokens"):
         SMALL[1].build(ModelIO(channels=3, grid=(2, 2, 2)))
 
 
 def test_parameters_of_mamba_130m() -> None:
-    """24 blocks of width 768 have 90.4 M parameters in Mamba-1 and Mamba-2 alike, embeddings apart (129 M in all)."""
+    """As state-spaces/mamba-130m and mamba2-130m have them, with their vocabularies of 50,280 and 50,288."""
     counts = {}
-    for version, state in ((1, 16), (2, 128)):
+    for version, state, vocab in ((1, 16, 50_280), (2, 128, 50_288)):
         with torch.device("meta"):
             block = MambaBlock(Mamba(version=version, state=state), None)
-        counts[version] = 24 * sum(p.numel() for p in block.parameters()) + 768
-    vocab = 50_280 * 768
-    assert {v: n + vocab for v, n in counts.items()} == {1: 129_135_360, 2: 128_989_632}
+        counts[version] = 24 * sum(p.numel() for p in block.parameters()) + (1 + vocab) * 768
+    assert counts == {1: 129_135_360, 2: 128_989_632}

@@ -145,7 +145,7 @@ def test_everything_is_finite_where_all_is_noise(gamma: float) -> None:
     objective = replace(COGVIDEOX_5B, min_snr_gamma=gamma)
     clean, last = torch.randn(4, *SHAPE), torch.full((4,), 1 - 1e-5)
     assert objective.noise_schedule.times(last).tolist() == [999.0] * 4
-    errors = objective._errors(Constant(0.5), clean, last, Cond(), Draw(0, "x", range(4)))
+    errors, _ = objective._errors(Constant(0.5), clean, last, Cond(), Draw(0, "x", range(4)))
     assert errors.isfinite().all()
     denoised = objective.denoise(Constant(0.5), clean, torch.full((4,), 999.0), Cond())
     torch.testing.assert_close(denoised, torch.full_like(clean, -0.5))

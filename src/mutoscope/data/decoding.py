@@ -104,8 +104,8 @@ def decode_from_keyframe(
     """The frames from the next keyframe on, in presentation order; none where it is not one to start at.
 
     wanted: timestamps of the only frames that need to come; None means all up to the end of the file. Raises
-    VideoError or av.FFmpegError for a frame that the decoder finds damaged. (H.264's finds about two thirds of what is
-    damaged; those of HEVC, VP8 and VP9 take almost any bits for pixels.)
+    VideoError or av.FFmpegError for a frame that the decoder finds damaged: docs/data.md tells how much of it which
+    decoder finds.
     """
     start, started, first = None, False, False
     codec = stream.codec_context

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import av
@@ -29,7 +29,7 @@ from mutoscope.data.flying_mnist import FLYING_MNIST, preset_named
 from mutoscope.data.media import Media, is_url
 from mutoscope.data.sources.layouts import Clip
 from mutoscope.data.video import SAME_TIME, frame_index, frames_at, probe
-from mutoscope.supervise import Lost, in_threads
+from mutoscope.supervise import Alive, Lost, in_threads, supervise
 
 VERSION = 1
 """Raised whenever the same file would give another `ClipInfo`."""
@@ -39,6 +39,12 @@ BLOCK = 1000
 """Entries that are written at a time: what a run that is killed loses at most."""
 THREADS = min(32, (os.cpu_count() or 1) + 4)
 """More than cores, for the disk is waited for as well."""
+MANY = 1000
+"""Files from which on it is worth while to start processes."""
+PROCESSES = min(32, 2 * (os.cpu_count() or 1))
+"""More than cores, for the same reason."""
+TOGETHER = 16
+"""Files that a process is given at a time."""
 GRACE = 5.0
 """Seconds beyond its time that a file gets to notice that it is late, which a dead disk keeps it from."""
 
@@ -80,7 +86,7 @@ def inspect(
 ) -> list[ClipInfo | str]:
     """Each clip's info or, of one that can't be read, why.
 
-    A file is demuxed once, however many clips are parts of it, in threads; one that takes more than `timeout` seconds
+    A file is demuxed once, however many clips are parts of it; one that takes more than `timeout` seconds
     counts as broken. `on_clip` is called once for every clip, in this thread.
     """
     found: list[ClipInfo | str | None] = [None] * len(clips)
@@ -105,11 +111,11 @@ def inspect(
     for place in keys:
         if found[place] is None:
             parts.setdefault(clips[place].media, []).append(place)
-    work = lambda places: _probe([clips[p] for p in places], timeout)
     new: list[tuple[Key, ClipInfo]] = []
     try:
-        for places, infos in in_threads(work, list(parts.values()), THREADS, timeout + GRACE):
-            for n, place in enumerate(places):
+        waiting = list(parts.values())
+        for number, infos in _look_at([[clips[p] for p in places] for places in waiting], timeout):
+            for n, place in enumerate(waiting[number]):
                 one = f"{clips[place].path}: {infos.reason}" if isinstance(infos, Lost) else infos[n]
                 note(place, one)
                 if isinstance(one, ClipInfo):
@@ -163,6 +169,37 @@ def _version(path: str) -> tuple[int, int] | str:
         return Media(path).version()
     except (OSError, ImportError) as error:
         return getattr(error, "strerror", None) or str(error)
+
+
+def _look_at(files: list[list[Clip]], timeout: float) -> Iterator[tuple[int, list[ClipInfo | str] | Lost]]:
+    """`_probe` of the clips of each file, by its number, as they finish: a few, or what lies behind a URL, in threads.
+
+    Many are shared by processes, for threads would wait for one another in Python, at twice the CPU time; there, one
+    that crashes the decoder is broken like others.
+    """
+    if len(files) < MANY or any(is_url(clips[0].media.path) for clips in files):
+        yield from in_threads(lambda n: _probe(files[n], timeout), range(len(files)), THREADS, timeout + GRACE)
+        return
+    numbered = list(enumerate(files))
+    jobs = [numbered[n : n + TOGETHER] for n in range(0, len(files), TOGETHER)]
+    while jobs:
+        again = []
+        for job, found in supervise(partial(_probe_each, timeout=timeout), jobs, PROCESSES, timeout + GRACE):
+            if not isinstance(found, Lost):
+                yield from zip((number for number, _ in job), found, strict=True)
+            elif len(job) > 1:
+                again += [[one] for one in job]  # One of them did it.
+            else:
+                yield job[0][0], found
+        jobs = again
+
+
+def _probe_each(job: list[tuple[int, list[Clip]]], alive: Alive, timeout: float) -> list[list[ClipInfo | str]]:
+    found = []
+    for _, clips in job:
+        alive()
+        found.append(_probe(clips, timeout))
+    return found
 
 
 def _probe(clips: list[Clip], timeout: float) -> list[ClipInfo | str]:

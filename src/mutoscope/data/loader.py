@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mutoscope.data.dataset import Clips, Item, Sample, VideoDataset, collate
 from mutoscope.data.video import VideoError
-from mutoscope.workers import worker_context
+from mutoscope.workers import keep_memory, worker_context
 
 BLOCK = 16
 """Items that are pickled together: what two clips share is written once, and few are unpickled for one."""
@@ -30,6 +30,7 @@ def make_loader(dataset: VideoDataset, batches: Iterable[list[tuple[int, int]]],
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context=worker_context() if workers else None,
+        worker_init_fn=keep_memory,
         generator=torch.Generator(),  # Else the loader draws its workers' seed from the global one.
     )
     for clips in loader:

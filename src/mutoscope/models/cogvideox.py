@@ -89,6 +89,8 @@ class CogVideoX(ModelConfig):
         if io.channels != config["out_channels"] or io.vocab is not None:
             raise ValueError(f"model.path={self.path}: takes latents of {config['out_channels']} channels, those of "
                              f"its own autoencoder; the recipe's autoencoder has {io.channels}")  # fmt: skip
+        if io.out_channels not in (None, io.channels):
+            raise ValueError(f"model.path={self.path}: predicts no variance; set objective.learned_variance = false")
         if io.text_dim != config["text_embed_dim"]:
             raise ValueError(f"model.path={self.path}: takes text embeddings of width {config['text_embed_dim']}, "
                              f"those of its own text encoder; the recipe's text has {io.text_dim}")  # fmt: skip
@@ -201,6 +203,9 @@ class CogVideoXModel(nn.Module):
         return cond.text
 
     def _with_known(self, x: Tensor, cond: Cond) -> Tensor:
+        if cond.known_mask is not None:
+            raise ValueError("CogVideoX has one time for all frames, and takes none that are given in place of noise; "
+                             "set objective.prefix_share = 0")  # fmt: skip
         if not self.is_image_to_video:
             if cond.known is not None:
                 raise ValueError("this CogVideoX is for text to video and was given an image (cond.known); take one "

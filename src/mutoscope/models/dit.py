@@ -1,30 +1,49 @@
 """Diffusion transformer over video latents.
 
-``factorised`` is Latte's Variant 1 (arXiv:2401.03048 §3.2): blocks attend in turn within a frame and along time.
-``joint`` lets every block attend to every position: better where a video has few of them. Time and class enter by
-adaLN-Zero (DiT, arXiv:2212.09748); captions by cross-attention, whose output is zero at the start too. Positions are
-fixed sinusoids of t, h and w side by side, added once (Latte adds its temporal ones before the second block).
+``factorised`` is Latte's Variant 1 (arXiv:2401.03048 §3.2): blocks attend in turn within a frame and along time; the
+fixed sinusoids of rows and columns are added at the beginning, those of time before the second block.
+``joint`` lets every block attend to every position: better where a video has few of them. Its sinusoids of t, h and w
+lie side by side and are added once. Time and class enter by adaLN-Zero (DiT, arXiv:2212.09748); captions by
+cross-attention, whose output is zero at the start too. Frames that are known are at a time of their own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mutoscope.models.layers import MLP, Attention, TimeEmbedding, grid_sinusoid, modulate
+from mutoscope.models.layers import (
+    MLP,
+    Attention,
+    TimeEmbedding,
+    frame_places,
+    grid_sinusoid,
+    line_sinusoid,
+    modulate,
+    plane_sinusoid,
+)
+from mutoscope.models.patches import Grid, grid_of, label_rows, patchify, token_times, unpatchify
 from mutoscope.recipe import ModelConfig
-from mutoscope.types import NO_LABEL, Cond, ModelIO
+from mutoscope.types import Cond, ModelIO
+
+Preset = Literal[
+    "Latte-T/2", "Latte-T/4", "Latte-T/8", "Latte-S/2", "Latte-S/4", "Latte-S/8", "Latte-B/2", "Latte-B/4",
+    "Latte-B/8", "Latte-L/2", "Latte-L/4", "Latte-L/8", "Latte-XL/2", "Latte-XL/4", "Latte-XL/8",
+]  # fmt: skip
+_SIZES = {"T": (2, 384, 3), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+"""Depth, width and heads. T is minisora's own; the others are those of DiT and Latte."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiT(ModelConfig):
-    """A diffusion transformer. Latte's sizes (depth, width, heads): S 12, 384, 6 · B 12, 768, 12 · L 24, 1024, 16 ·
-    XL 28, 1152, 16, each with patch 2, 4 or 8."""
+    """A diffusion transformer; as it stands, Latte-S/2."""
 
+    preset: Preset | None = None
+    """One of Latte's sizes by name, in place of depth, width, heads and patch, which stay as they are then."""
     depth: int = 12
     """Number of blocks; even where attention is factorised."""
     width: int = 384
@@ -37,30 +56,64 @@ class DiT(ModelConfig):
     """Latent positions (t, h, w) that make one token."""
     attention: Literal["factorised", "joint"] = "factorised"
     """factorised: within a frame and along time in turn. joint: over all positions."""
+    qk_norm: bool = True
+    """Normalise queries and keys: stable in bf16 at high learning rates. Latte does not."""
+    base_frames: int | None = None
+    """Frames of tokens that positions along time are counted in; those of longer videos are interpolated into them
+    (arXiv:2306.15595), for training that goes on from a model of shorter ones: 8, to go from 8 to 32. none: 0, 1, 2, …
+    """
 
     def __post_init__(self) -> None:
+        if self.preset is not None:
+            if changed := [n for n in _SIZED if getattr(self, n) != getattr(DiT, n)]:
+                raise ValueError(f"model.preset={self.preset} says what {', '.join(changed)} are; leave them out, or "
+                                 "set preset = none")  # fmt: skip
+            return
         if self.width % 8 or self.width % self.heads:
             raise ValueError(f"model.width={self.width} must be a multiple of 8 and of heads={self.heads}")
         if self.attention == "factorised" and self.depth % 2:
             raise ValueError(f"model.depth={self.depth} must be even: factorised blocks come in pairs")
+        if self.base_frames is not None and self.base_frames < 1:
+            raise ValueError(f"model.base_frames={self.base_frames} must be at least 1")
+
+    @property
+    def sized(self) -> DiT:
+        """This configuration with its preset's sizes in the fields."""
+        if self.preset is None:
+            return self
+        sizes = {name: getattr(preset(self.preset), name) for name in _SIZED}
+        return replace(self, preset=None, **sizes)
 
     def build(self, io: ModelIO) -> DiTModel:
-        return DiTModel(self, io)
+        return DiTModel(self.sized, io)
+
+
+_SIZED = ("depth", "width", "heads", "patch")
+
+
+def preset(name: str) -> DiT:
+    """Latte's size of that name, Latte-SIZE/PATCH, as in "Latte-S/2". Change what should differ with
+    `dataclasses.replace`. Raises ValueError with the names there are."""
+    if name not in get_args(Preset):
+        raise ValueError(f"no size {name!r}; there are {', '.join(get_args(Preset))}")
+    size, patch = name.removeprefix("Latte-").split("/")
+    depth, width, heads = _SIZES[size]
+    return DiT(depth=depth, width=width, heads=heads, patch=(1, int(patch), int(patch)))
 
 
 class DiTModel(nn.Module):
-    """(B, c, t, h, w), time (B,), Cond -> (B, c, t, h, w)."""
+    """(B, c, t, h, w), time (B,) or of each frame (B, t), Cond -> (B, c or 2c, t, h, w)."""
 
     def __init__(self, config: DiT, io: ModelIO) -> None:
         super().__init__()
-        self.patch, self.channels = config.patch, io.channels
-        self.grid = self._tokens(io.grid)
+        self.patch, self.attention, self.base_frames = config.patch, config.attention, config.base_frames
+        self.grid = grid_of(io.grid, self.patch)
         for grid in io.more_grids:
-            self._tokens(grid)
-        width, patch_dim = config.width, io.channels * config.patch[0] * config.patch[1] * config.patch[2]
+            grid_of(grid, self.patch)
+        width, patch_size = config.width, config.patch[0] * config.patch[1] * config.patch[2]
 
-        self.embed = nn.Linear(patch_dim, width)
-        self.positions: dict[tuple[int, int, int], Tensor] = {}
+        self.embed = nn.Linear(io.channels * patch_size, width)
+        self.positions: dict[Grid, tuple[Tensor, Tensor | None]] = {}
         self.time = TimeEmbedding(width)
         # The last row stands for "no label".
         self.label = nn.Embedding(io.num_labels + 1, width) if io.num_labels else None
@@ -69,7 +122,7 @@ class DiTModel(nn.Module):
         )
         self.final_modulation = nn.Linear(width, 2 * width)
         self.final_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.head = nn.Linear(width, patch_dim)
+        self.head = nn.Linear(width, (io.out_channels or io.channels) * patch_size)
         self._init_weights()
 
     @staticmethod
@@ -96,47 +149,38 @@ class DiTModel(nn.Module):
             nn.init.zeros_(module.weight)
 
     def forward(
-        self, x: Float[Tensor, "b c t h w"], time: Float[Tensor, "b"], cond: Cond
-    ) -> Float[Tensor, "b c t h w"]:
-        grid = self._tokens((x.shape[2], x.shape[3], x.shape[4]))
-        x = self.embed(self._patchify(x, grid)) + self._positions(grid)  # (b, t, n, d)
-        c = self.time(time)
+        self, x: Float[Tensor, "b c t h w"], time: Float[Tensor, "b"] | Float[Tensor, "b t"], cond: Cond
+    ) -> Float[Tensor, "b k t h w"]:
+        """Frames that are known come with a time of each frame, whose label and caption are the video's."""
+        grid = grid_of((x.shape[2], x.shape[3], x.shape[4]), self.patch)
+        first, second = self._positions(grid)
+        x = self.embed(patchify(x, self.patch)) + first  # (b, t, n, d)
+        c = self.time(token_times(time, self.patch))  # (b, 1 or t, d)
         if self.label is not None:
-            null = self.label.num_embeddings - 1
-            label = cond.label if cond.label is not None else torch.full((len(x),), NO_LABEL, device=x.device)
-            c = c + self.label(torch.where(label == NO_LABEL, null, label))
+            c = c + label_rows(cond, self.label, len(x))[:, None]
         c = nn.functional.silu(c)
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
+            if i == 1 and second is not None:
+                x = x + second
             x = block(x, c, cond.text, cond.text_mask)
         shift, scale = self.final_modulation(c).chunk(2, dim=-1)
-        x = self.head(modulate(self.final_norm(x).flatten(1, 2), shift, scale))
-        return self._unpatchify(x, grid)
+        return unpatchify(self.head(modulate(self.final_norm(x), shift, scale)), grid, self.patch)
 
-    def _tokens(self, grid: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Latents along t, h and w -> tokens. Any size goes that the patch divides: buckets have several."""
-        for axis, size, patch in zip("thw", grid, self.patch, strict=True):
-            if size % patch:
-                raise ValueError(f"model.patch {self.patch} does not divide the latent grid {grid} along {axis}")
-        t, h, w = (size // patch for size, patch in zip(grid, self.patch, strict=True))
-        return t, h, w
-
-    def _positions(self, grid: tuple[int, int, int]) -> Float[Tensor, "t n d"]:
-        """Of this grid, as the model's weights are: in their dtype, on their device."""
+    def _positions(self, grid: Grid) -> tuple[Float[Tensor, "#t n d"], Float[Tensor, "t 1 d"] | None]:
+        """What is added before the first and before the second block, as the model's weights are: in their dtype, on
+        their device. Any grid goes that the patch divides: buckets have several."""
         weight = self.embed.weight
         known = self.positions.get(grid)
-        if known is None or known.device != weight.device or known.dtype != weight.dtype:
-            known = self.positions[grid] = grid_sinusoid(grid, self.embed.out_features).to(weight)
+        if known is None or known[0].device != weight.device or known[0].dtype != weight.dtype:
+            width = self.embed.out_features
+            if self.attention == "joint":
+                known = grid_sinusoid(grid, width, self.base_frames).to(weight), None
+            else:
+                h, w = (torch.arange(size, dtype=torch.float32) for size in grid[1:])
+                along_time = line_sinusoid(frame_places(grid[0], self.base_frames), width)
+                known = plane_sinusoid(h, w, width)[None].to(weight), along_time[:, None].to(weight)
+            self.positions[grid] = known
         return known
-
-    def _patchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        (t, h, w), (pt, ph, pw) = grid, self.patch
-        x = x.reshape(len(x), self.channels, t, pt, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
-        return x.reshape(len(x), t, h * w, -1)
-
-    def _unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        (t, h, w), (pt, ph, pw) = grid, self.patch
-        x = x.reshape(len(x), t, h, w, self.channels, pt, ph, pw).permute(0, 4, 1, 5, 2, 6, 3, 7)
-        return x.reshape(len(x), self.channels, t * pt, h * ph, w * pw)
 
 
 class DiTBlock(nn.Module):
@@ -148,37 +192,43 @@ class DiTBlock(nn.Module):
         self.along = along
         self.modulation = nn.Linear(width, 6 * width)
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attention = Attention(width, config.heads)
-        self.cross = Attention(width, config.heads, context_width=text_dim) if text_dim else None
+        self.attention = Attention(width, config.heads, qk_norm=config.qk_norm)
+        self.cross = Attention(width, config.heads, text_dim, qk_norm=config.qk_norm) if text_dim else None
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = MLP(width, int(config.mlp_ratio * width))
 
     def forward(
         self,
         x: Float[Tensor, "b t n d"],
-        c: Float[Tensor, "b d"],
+        c: Float[Tensor, "b f d"],
         text: Float[Tensor, "b l e"] | None = None,
         text_mask: Tensor | None = None,
     ) -> Float[Tensor, "b t n d"]:
-        b, t, n, d = x.shape
-        x = x.flatten(1, 2)
+        """`c` is of a whole video (f = 1) or of each of its frames."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=-1)
 
         # 1. Self-attention, over the axis that this block looks along
-        y = modulate(self.norm1(x), shift1, scale1)
-        if self.along == "space":
-            y = self.attention(y.reshape(b * t, n, d)).reshape(b, t * n, d)
-        elif self.along == "time":
-            y = y.reshape(b, t, n, d).transpose(1, 2).reshape(b * n, t, d)
-            y = self.attention(y).reshape(b, n, t, d).transpose(1, 2).reshape(b, t * n, d)
-        else:
-            y = self.attention(y)
-        x = torch.addcmul(x, gate1.unsqueeze(1), y)
+        y = attend(self.attention, modulate(self.norm1(x), shift1, scale1), self.along)
+        x = torch.addcmul(x, gate1.unsqueeze(2), y)
 
         # 2. Cross-attention to the caption
         if self.cross is not None and text is not None:
-            x = x + self.cross(x, text.to(x.dtype), text_mask)
+            x = x + self.cross(x.flatten(1, 2), text.to(x.dtype), text_mask).unflatten(1, x.shape[1:3])
 
         # 3. MLP
-        y = self.mlp(modulate(self.norm2(x), shift2, scale2))
-        return torch.addcmul(x, gate2.unsqueeze(1), y).unflatten(1, (t, n))
+        return torch.addcmul(x, gate2.unsqueeze(2), self.mlp(modulate(self.norm2(x), shift2, scale2)))
+
+
+def attend(
+    attention: Attention,
+    x: Float[Tensor, "b t n d"],
+    along: Literal["space", "time", "all"],
+    rotary: tuple[Tensor, Tensor] | None = None,
+) -> Float[Tensor, "b t n d"]:
+    """Self-attention within each frame, along time at each place, or over everything."""
+    b, t, n, _ = x.shape
+    if along == "space":
+        return attention(x.flatten(0, 1), rotary=rotary).unflatten(0, (b, t))
+    if along == "time":
+        return attention(x.transpose(1, 2).flatten(0, 1), rotary=rotary).unflatten(0, (b, n)).transpose(1, 2)
+    return attention(x.flatten(1, 2), rotary=rotary).unflatten(1, (t, n))

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+Rotary = tuple[Float[Tensor, "places e2"], Float[Tensor, "places e2"]]
+"""Cosines and sines of positions (see `rotate`)."""
+
 
 class Attention(nn.Module):
     """Multi-head attention, of a sequence to itself or to a context (cross-attention).
@@ -37,18 +40,20 @@ class Attention(nn.Module):
         mask: Bool[Tensor, "b m"] | None = None,
         *,
         causal: bool = False,
+        rotary: Rotary | None = None,
     ) -> Float[Tensor, "b n d"]:
         """`mask` is True on the context tokens that may be seen; a row of all False yields zeros. causal: positions
-        see themselves and those before them."""
-        k, v = self.keys_values(x if context is None else context)
-        return self.attend(x, k, v, None if mask is None else mask[:, None], causal=causal)
+        see themselves and those before them. `rotary` turns queries and keys (see `rotate`)."""
+        k, v = self.keys_values(x if context is None else context, rotary)
+        return self.attend(x, k, v, None if mask is None else mask[:, None], causal=causal, rotary=rotary)
 
     def keys_values(
-        self, context: Float[Tensor, "b m e"]
+        self, context: Float[Tensor, "b m e"], rotary: Rotary | None = None
     ) -> tuple[Float[Tensor, "b heads m head_dim"], Float[Tensor, "b heads m head_dim"]]:
         """What `attend` takes of a context: made once where it is attended to again and again."""
         k, v = (y.unflatten(-1, (self.heads, -1)) for y in self.key_value(context).chunk(2, dim=-1))
-        return _normalised(k, self.key_scale).transpose(1, 2), v.transpose(1, 2)
+        k, v = _normalised(k, self.key_scale).transpose(1, 2), v.transpose(1, 2)
+        return k if rotary is None else rotate(k, *rotary), v
 
     def attend(
         self,
@@ -58,9 +63,11 @@ class Attention(nn.Module):
         mask: Bool[Tensor, "#b #n m"] | None = None,
         *,
         causal: bool = False,
+        rotary: Rotary | None = None,
     ) -> Float[Tensor, "b n d"]:
         """`mask` is True where a position may look; a row of all False yields zeros."""
         q = _normalised(self.query(x).unflatten(-1, (self.heads, -1)), self.query_scale).transpose(1, 2)
+        q = q if rotary is None else rotate(q, *rotary)
         join = lambda y: self.out(y.transpose(1, 2).flatten(2))
         if mask is None:
             return join(scaled_dot_product_attention(q, k, v, causal=causal))
@@ -102,10 +109,20 @@ class MLP(nn.Module):
 
 
 def modulate(
-    x: Float[Tensor, "b n d"], shift: Float[Tensor, "b d"], scale: Float[Tensor, "b d"]
-) -> Float[Tensor, "b n d"]:
-    """x·(1 + scale) + shift, the modulation of adaLN (arXiv:2212.09748 §3.2)."""
-    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
+    x: Float[Tensor, "b t n d"], shift: Float[Tensor, "b #t d"], scale: Float[Tensor, "b #t d"]
+) -> Float[Tensor, "b t n d"]:
+    """x·(1 + scale) + shift, the modulation of adaLN (arXiv:2212.09748 §3.2); shift and scale are of a whole video, or
+    of each of its frames."""
+    return torch.addcmul(shift.unsqueeze(2), x, 1 + scale.unsqueeze(2))
+
+
+def rotate(
+    x: Float[Tensor, "b heads n e"], cos: Float[Tensor, "n e2"], sin: Float[Tensor, "n e2"]
+) -> Float[Tensor, "b heads n e"]:
+    """Rotary positions (arXiv:2104.09864 §3.4.2): pairs of channels side by side, turned by the angles of a place."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
 def sinusoid(values: Float[Tensor, "n"], width: int, max_period: float = 10_000.0) -> Float[Tensor, "n d"]:
@@ -118,14 +135,34 @@ def sinusoid(values: Float[Tensor, "n"], width: int, max_period: float = 10_000.
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def grid_sinusoid(grid: tuple[int, int, int], width: int) -> Float[Tensor, "t n d"]:
-    """Fixed positions of a (t, h, w) grid: a quarter of the width for h, a quarter for w, half for t.
+def frame_places(frames: int, base: int | None) -> Float[Tensor, "t"]:
+    """The places along time of so many frames: 0, 1, 2, …; of more than `base`, squeezed evenly into the range of
+    `base` frames (position interpolation, arXiv:2306.15595 eq. 4)."""
+    places = torch.arange(frames, dtype=torch.float32)
+    return places if base is None or frames <= base else places * (base / frames)
+
+
+def plane_sinusoid(h: Float[Tensor, "h"], w: Float[Tensor, "w"], width: int) -> Float[Tensor, "n d"]:
+    """Fixed positions of the rows and columns of a frame, (h·w, width): half of the width for the column and half for
+    the row, sines before cosines, as in MAE's pos_embed.py, which Latte and Open-Sora have; `width` is a multiple of 4.
+    """
+    columns, rows = (line_sinusoid(places, width // 2) for places in (w, h))
+    return torch.cat([columns[None].expand(len(h), -1, -1), rows[:, None].expand(-1, len(w), -1)], -1).flatten(0, 1)
+
+
+def line_sinusoid(places: Float[Tensor, "n"], width: int) -> Float[Tensor, "n d"]:
+    """`sinusoid` with sines before cosines."""
+    return sinusoid(places, width).roll(width // 2, -1)
+
+
+def grid_sinusoid(grid: tuple[int, int, int], width: int, base: int | None = None) -> Float[Tensor, "t n d"]:
+    """Fixed positions of a (t, h, w) grid: a quarter of the width for h, a quarter for w, half for t (`frame_places`).
 
     Shape (t, h·w, width); `width` is a multiple of 8.
     """
-    axes = [sinusoid(torch.arange(size, dtype=torch.float32), part)
-            for size, part in zip(grid, (width // 2, width // 4, width // 4), strict=True)]  # fmt: skip
     t, h, w = grid
+    places = [frame_places(t, base), *(torch.arange(size, dtype=torch.float32) for size in (h, w))]
+    axes = [sinusoid(p, part) for p, part in zip(places, (width // 2, width // 4, width // 4), strict=True)]
     return torch.cat(
         [
             axes[1][None, :, None].expand(t, h, w, -1),
@@ -145,5 +182,6 @@ class TimeEmbedding(nn.Module):
         self.up = nn.Linear(frequencies, width)
         self.down = nn.Linear(width, width)
 
-    def forward(self, t: Float[Tensor, "b"]) -> Float[Tensor, "b d"]:
-        return self.down(F.silu(self.up(sinusoid(t, self.frequencies).to(self.up.weight.dtype))))
+    def forward(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b d"]:
+        waves = sinusoid(t.flatten(), self.frequencies).to(self.up.weight.dtype)
+        return self.down(F.silu(self.up(waves))).unflatten(0, t.shape)

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mutoscope.models.layers import Attention
 from mutoscope.models.selective_scan import at_least_fp32, selective_scan, ssd
-from mutoscope.models.token_inputs import Positions, TokenInputs, positions_of
+from mutoscope.models.token_inputs import Positions, TokenInputs, positions_of, token_shapes
 from mutoscope.recipe import ModelConfig
 from mutoscope.types import Cond, ModelIO, TokenCache
 
@@ -78,17 +78,14 @@ class MambaModel(nn.Module):
 
     def __init__(self, config: Mamba, io: ModelIO) -> None:
         super().__init__()
-        if io.vocab is None:
-            raise ValueError("Mamba is a model over tokens: the recipe needs an autoencoder with codes (of vq, ema_vq, "
-                             "kl_vq, fsq or lfq)")  # fmt: skip
+        vocab, largest = token_shapes(io)
         self.config, self.grid = config, io.grid
-        t, h, w = (max(sizes) for sizes in zip(io.grid, *io.more_grids, strict=True))
         self.inputs = TokenInputs(
-            config.width, io.vocab, (t, h, w), io.num_labels, positions=config.positions, neighbours=config.neighbours
+            config.width, vocab, largest, io.num_labels, positions=config.positions, neighbours=config.neighbours
         )
         self.blocks = nn.ModuleList(MambaBlock(config, io.text_dim) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
-        self.head = nn.Linear(config.width, io.vocab, bias=False)
+        self.head = nn.Linear(config.width, vocab, bias=False)
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(
@@ -246,7 +243,7 @@ class Mamba2Mixer(nn.Module):
         dt = F.softplus(at_least_fp32(dt) + at_least_fp32(self.dt_bias))
         y, state = ssd(u, dt, -at_least_fp32(self.A_log).exp(), B, C, state)
         y = torch.addcmul(y, at_least_fp32(u), at_least_fp32(self.D)[:, None]).flatten(2)
-        y = self.norm(y * F.silu(at_least_fp32(z)))
+        y = F.rms_norm(y * F.silu(at_least_fp32(z)), (self.inner,), at_least_fp32(self.norm.weight), self.norm.eps)
         return self.out_proj(y.to(x.dtype)), conv, state
 
 

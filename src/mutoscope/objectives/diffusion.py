@@ -1,8 +1,12 @@
-"""Diffusion: one objective for rectified flow, DDPM (eps, v, x0) and EDM.
+"""Diffusion: one objective for rectified flow, DDPM (eps, v, x0, learned variance) and EDM.
 
 Whatever a network predicts, F, says what the clean sample is: x̂0 = c_skip·x + c_out·F. That one identity ties the
 loss (F's target is closed-form, and equals (x0 − c_skip·x)/c_out) to sampling, which sees only `denoise`.
 All arithmetic here is fp32: in bf16 the target's cancellation alone shows as a loss of 0.03.
+
+Frames that are given (`Cond.known_mask`) take the place of noise in what the network sees and have a time of their own,
+the schedule's cleanest; they are no part of the loss, and x̂0 has them as they are. Then the network is called with a
+time of each frame, (b, t) in place of (b,).
 """
 
 from __future__ import annotations
@@ -12,10 +16,11 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mutoscope.objectives.schedules import DDPMSchedule, EDMSchedule, FlowSchedule, Schedule
+from mutoscope.objectives.variance import variance_bound
 from mutoscope.randomness import Draw
 from mutoscope.recipe import ObjectiveConfig
 from mutoscope.types import Batch, Cond, Loss
@@ -45,6 +50,12 @@ class Diffusion(ObjectiveConfig):
     """Min-SNR weighting (arXiv:2303.09556), 5 in the paper; 0 weighs every time alike."""
     sigma_data: float = 1.0
     """Standard deviation that EDM's preconditioning takes the latents to have; ours are normalised to 1."""
+    learned_variance: bool = False
+    """Learn the variance of ancestral sampling's steps as well (IDDPM, arXiv:2102.09672 §3.1; DiT's learn_sigma), on
+    ddpm schedules: the network puts out twice the channels."""
+    prefix_share: float = 0.0
+    """Share of samples that train with some of their first frames given, a random number of latents from one to all
+    but one: for models that go on from an image or a video."""
     cond_dropout: float = 0.1
     """Share of samples that train without their condition, for classifier-free guidance."""
     known_dropout: float = 0.0
@@ -85,6 +96,12 @@ class Diffusion(ObjectiveConfig):
             )
         if self.shift != 1 and self.schedule != "flow":
             raise ValueError(f"objective.shift={self.shift} shifts the flow schedule, not {self.schedule}; set it to 1")
+        if self.learned_variance and self.schedule in ("flow", "edm"):
+            raise ValueError(f"objective.learned_variance is of the ddpm schedules, not {self.schedule!r}: set it to "
+                             "false, or schedule to ddpm_linear and prediction to eps")  # fmt: skip
+        if not 0 <= self.prefix_share <= 1 or (self.prefix_share and self.temporal_patch > 1):
+            raise ValueError(f"objective.prefix_share={self.prefix_share} must be from 0 to 1, and is not for models "
+                             "with temporal_patch above 1")  # fmt: skip
         if self.sigma_data != 1 and self.prediction != "edm":
             raise ValueError(f"objective.sigma_data={self.sigma_data} is of prediction 'edm' only; set it to 1")
 
@@ -107,51 +124,104 @@ class Diffusion(ObjectiveConfig):
             case "edm":
                 return EDMSchedule()
 
+    def out_channels(self, channels: int) -> int:
+        return 2 * channels if self.learned_variance else channels
+
     def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Loss:
-        """Weighted squared error of the network's prediction, at one random time per sample."""
+        """Weighted squared error of the network's prediction, at one random time per sample; with learned variance, the
+        variational bound besides. Raises ValueError where frames are given in two ways."""
         drop = draw.uniform() < self.cond_dropout
         quantile = draw.uniform().clamp(1e-4, 1 - 1e-4)
-        cond = batch.cond.dropped(drop)
+        clean, cond = _clean(batch), batch.cond.dropped(drop)
         if cond.known is not None:
+            if self.prefix_share:
+                raise ValueError("objective.prefix_share gives first frames of its own, and the batch has some already "
+                                 "(recipe.first_frame): set prefix_share = 0")  # fmt: skip
             cond = cond.without_known(draw.uniform() < self.known_dropout)
-        per_sample = self._errors(model, _clean(batch), quantile, cond, draw)
-        return Loss(total=per_sample.mean(), per_sample=per_sample.detach(), parts={})
+        if self.prefix_share:
+            cond = self._with_prefix(cond, clean, draw)
+        per_sample, parts = self._errors(model, clean, quantile, cond, draw)
+        parts = {name: value.mean() for name, value in parts.items()}
+        return Loss(total=per_sample.mean(), per_sample=per_sample.detach(), parts=parts)
 
     def validation_loss(self, model: nn.Module, batch: Batch, draw: Draw) -> Loss:
-        """The loss at fixed quantiles of the training times and fixed noise, with no condition dropped."""
+        """The loss at fixed quantiles of the training times and fixed noise, with no condition dropped and no frames
+        given that the batch does not give."""
         clean = _clean(batch)
         at = {}
         for q in VALIDATION_QUANTILES:
             quantile = torch.full((len(clean),), q, device=clean.device)
-            at[f"q{q:g}"] = self._errors(model, clean, quantile, batch.cond, draw)
+            at[f"q{q:g}"], _ = self._errors(model, clean, quantile, batch.cond, draw)
         per_sample = torch.stack(list(at.values())).mean(0)
         return Loss(total=per_sample.mean(), per_sample=per_sample.detach(), parts={k: v.mean() for k, v in at.items()})
 
-    def _errors(self, model: nn.Module, clean: Tensor, quantile: Tensor, cond: Cond, draw: Draw) -> Float[Tensor, "b"]:
+    def _with_prefix(self, cond: Cond, clean: Tensor, draw: Draw) -> Cond:
+        frames = clean.shape[2]
+        length = (1 + (draw.uniform() * (frames - 1)).floor()).clamp(max=frames - 1)  # a single frame is never given
+        length = torch.where(draw.uniform() < self.prefix_share, length, 0)
+        mask = torch.arange(frames, device=clean.device)[None] < length[:, None]
+        return replace(cond, known=clean * mask[:, None, :, None, None], known_mask=mask)
+
+    def _errors(
+        self, model: nn.Module, clean: Tensor, quantile: Tensor, cond: Cond, draw: Draw
+    ) -> tuple[Float[Tensor, "b"], dict[str, Float[Tensor, "b"]]]:
+        """The loss by sample, and what it is made of where that is several things."""
         schedule = self.noise_schedule
         t = schedule.times(quantile)
         clean, cond = self._padded(clean), self.padded(cond, clean.shape[2])
         noise = draw.normal(*clean.shape[1:])
         alpha, sigma = (_broadcast(v, clean) for v in schedule.alpha_sigma(t))
         noisy = alpha * clean + sigma * noise
-        c_in, _, c_out = self._preconditioning(alpha, sigma)
-        predicted = model(c_in * noisy, schedule.embedding(t), cond).float()
-        errors = (predicted - self._target(clean, noise, alpha, sigma)).square().flatten(1).mean(1)
+        _, c_skip, c_out = self._preconditioning(alpha, sigma)
+        predicted, variance = self._predicted(model, noisy, t, cond)
+        errors = _mean((predicted - self._target(clean, noise, alpha, sigma)).square(), cond.known_mask)
         if self.min_snr_gamma:
             snr = (alpha / sigma).square()
             weight = snr.clamp(max=self.min_snr_gamma) * c_out.square()  # of x̂0's error, carried over to F's
             errors = errors * weight.flatten()
-        return errors
+        if variance is None:
+            return errors, {}
+        assert isinstance(schedule, DDPMSchedule)
+        guess = c_skip * noisy + c_out * predicted.detach()  # the bound moves the variance alone
+        bound = _mean(variance_bound(schedule, t, clean, guess, variance), cond.known_mask)
+        return errors + bound, {"mse": errors.detach(), "vb": bound.detach()}
 
     def denoise(
         self, model: nn.Module, noisy: Float[Tensor, "b c t h w"], t: Float[Tensor, "b"], cond: Cond
     ) -> Float[Tensor, "b c t h w"]:
-        """x̂0, the model's guess of the clean sample behind `noisy` at time t; all that samplers see of a model."""
+        """x̂0, the model's guess of the clean sample behind `noisy` at time t."""
+        return self.predict(model, noisy, t, cond)[0]
+
+    def predict(
+        self, model: nn.Module, noisy: Float[Tensor, "b c t h w"], t: Float[Tensor, "b"], cond: Cond
+    ) -> tuple[Float[Tensor, "b c t h w"], Float[Tensor, "b c t h w"] | None]:
+        """x̂0, and what the model says of the variance where that is learned (see `objectives.variance`): all that
+        samplers see of a model. Known frames are in x̂0 as they are given."""
+        alpha, sigma = (_broadcast(v, noisy) for v in self.noise_schedule.alpha_sigma(t))
+        _, c_skip, c_out = self._preconditioning(alpha, sigma)
+        predicted, variance = self._predicted(model, noisy, t, cond)
+        x0 = c_skip * noisy + c_out * predicted
+        if cond.known is not None and cond.known_mask is not None:
+            x0 = torch.where(cond.known_mask[:, None, :, None, None], cond.known, x0)
+        return x0, variance
+
+    def _predicted(self, model: nn.Module, noisy: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None]:
+        """What the network says of noisy samples, fp32; with its channels for the variance by themselves."""
         schedule = self.noise_schedule
         alpha, sigma = (_broadcast(v, noisy) for v in schedule.alpha_sigma(t))
-        c_in, c_skip, c_out = self._preconditioning(alpha, sigma)
-        predicted = model(c_in * noisy, schedule.embedding(t), cond).float()
-        return c_skip * noisy + c_out * predicted
+        shown, time = self._preconditioning(alpha, sigma)[0] * noisy, schedule.embedding(t)
+        if cond.known is not None and cond.known_mask is not None:
+            c_in = self._preconditioning(torch.ones_like(alpha), torch.zeros_like(sigma))[0]
+            shown = torch.where(cond.known_mask[:, None, :, None, None], c_in * cond.known, shown)
+            cleanest = schedule.embedding(torch.full_like(t, schedule.cleanest))
+            time = torch.where(cond.known_mask, cleanest[:, None], time[:, None])
+        predicted = model(shown, time, cond).float()
+        channels = self.out_channels(noisy.shape[1])
+        if predicted.shape[1] != channels:
+            raise ValueError(f"the model puts out {predicted.shape[1]} channels, objective wants {channels}: a learned "
+                             "variance takes a model that honours ModelIO.out_channels")  # fmt: skip
+        mean, variance = predicted[:, : noisy.shape[1]], predicted[:, noisy.shape[1] :]
+        return mean, variance if self.learned_variance else None
 
     def padding(self, frames: int) -> int:
         """How many latents precede the t = `frames` of a video (see `temporal_patch`)."""
@@ -214,3 +284,11 @@ def _clean(batch: Batch) -> Tensor:
 
 def _broadcast(v: Tensor, like: Tensor) -> Tensor:
     return v.float().reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _mean(values: Float[Tensor, "b c t h w"], known: Bool[Tensor, "b t"] | None) -> Float[Tensor, "b"]:
+    """The mean of each sample, over the frames that are not known."""
+    if known is None:
+        return values.flatten(1).mean(1)
+    frames, wanted = values.mean((1, 3, 4)), ~known
+    return (frames * wanted).sum(1) / wanted.sum(1).clamp(min=1)

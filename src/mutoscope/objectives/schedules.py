@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,11 @@ from torch import Tensor
 @runtime_checkable
 class Schedule(Protocol):
     """What losses and samplers need to know of a schedule."""
+
+    @property
+    def cleanest(self) -> float:
+        """The time with the least noise that the network's time embedding knows: that of frames that are given."""
+        ...
 
     def times(self, quantile: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
         """Quantiles of the training distribution in (0, 1), from little noise to much -> times."""
@@ -52,6 +57,7 @@ class FlowSchedule:
     shift: float = 1.0
     """Above 1, more of the time is spent at high noise: for large videos."""
     distribution: Literal["uniform", "logit_normal"] = "logit_normal"
+    cleanest: ClassVar[float] = 0.0
 
     def times(self, quantile: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
         t = quantile if self.distribution == "uniform" else _logit_normal(quantile, 0.0, 1.0)
@@ -81,6 +87,7 @@ class DDPMSchedule:
     """Divides the signal-to-noise ratio of every step; above 1, more of the time is spent at high noise."""
     zero_terminal_snr: bool = False
     """Stretch the path so that the last step is noise alone (arXiv:2305.08891 algorithm 1)."""
+    cleanest: ClassVar[float] = 0.0
 
     @cached_property
     def alphas_cumprod(self) -> Float[Tensor, "n"]:
@@ -128,6 +135,10 @@ class EDMSchedule:
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
+
+    @property
+    def cleanest(self) -> float:
+        return self.sigma_min
 
     def times(self, quantile: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
         return torch.exp(self.log_sigma_mean + self.log_sigma_std * torch.special.ndtri(quantile))

@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from mutoscope.randomness import Draw
 from mutoscope.recipe import TokenSampler
-from mutoscope.types import Cond, TokenCache
+from mutoscope.types import Cond, TokenCache, TokenModel
 
 CHUNK = 1024
 """Known positions that the model sees at a time; more would need masks of great size."""
@@ -21,7 +21,7 @@ CHUNK = 1024
 
 @torch.no_grad()
 def sample_tokens(
-    model: nn.Module,
+    model: TokenModel,
     sampler: TokenSampler,
     cond: Cond,
     grid: tuple[int, int, int],
@@ -33,7 +33,6 @@ def sample_tokens(
     """Tokens of one video for each of `draw`'s streams.
 
     Args:
-        model: a `TokenModel`.
         cond: what to draw, one row a video.
         grid: (t, h, w) of a video.
         known: tokens of the first frames, which are kept.

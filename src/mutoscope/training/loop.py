@@ -41,7 +41,7 @@ from mutoscope.training.quarantine import Quarantine
 from mutoscope.training.signals import StopFlag, Stopped, stopping_softly
 from mutoscope.training.state import TrainState, build_state
 from mutoscope.types import Loss
-from mutoscope.workers import prepare_workers
+from mutoscope.workers import worker_context
 
 VALIDATION_CLIPS = 64
 """Clips of the val split, the first by id, that the validation loss is taken over."""
@@ -157,7 +157,7 @@ def _open_sources(recipe: Recipe, encoder: Encoder, engine: Engine, log: Log) ->
     """The clips to train and to validate on; what became of them goes to the log."""
     listing = None
     if recipe.data.workers:
-        prepare_workers()  # which takes as long as the look at the clips
+        worker_context()  # which takes as long as the look at the clips
     if recipe.data.latents is None:
         with engine.main_first():  # process 0 looks at the files, the others at what it remembered of them
             listing = list_and_look(recipe.data, partial(log.ticker, "looking at clips"))

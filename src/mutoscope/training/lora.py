@@ -30,8 +30,8 @@ NAME = "default"
 """The adapter's name in PEFT, which diffusers' and PEFT's own functions look for."""
 
 _GROUPS = {
-    "attention": r"(^|\.)(attn\d*|attention|cross)\.",
-    "attention+mlp": r"(^|\.)(attn\d*|attention|cross|ff|mlp)\.",
+    "attention": r"(^|\.)(attn\d*|attention(_time)?|cross)\.",
+    "attention+mlp": r"(^|\.)(attn\d*|attention(_time)?|cross|ff|mlp)\.",
 }
 """Where linear layers lie in diffusers' transformers (attn1.to_q, ff.net.2) and in ours (attention.query, mlp.up)."""
 

@@ -559,6 +559,10 @@ def test_clips_that_were_cut_from_one_film_are_in_one_split(tmp_path: Path) -> N
 def test_shots_of_the_only_film_are_split_one_by_one() -> None:
     ids = [f"a#{n}" for n in range(40)]
     assert split_by_hash(ids, 0.3, dict.fromkeys(ids, "a")) == split_by_hash(ids, 0.3)
+    # So are those of films that would all be validated on, and none be trained on.
+    two = {i: "film2.mp4" if n % 2 else "film.mp4" for n, i in enumerate(ids)}
+    assert set(split_by_hash(two.values(), 0.2).values()) == {"val"}
+    assert split_by_hash(ids, 0.2, two) == split_by_hash(ids, 0.2)
 
 
 # ---- damage

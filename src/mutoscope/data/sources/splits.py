@@ -21,12 +21,13 @@ def split_by_hash(ids: Iterable[str], val_fraction: float, films: Mapping[str, s
     train to val.
 
     films: of clips that are cut from a film, the film, which is then what is hashed: all of them are in one split, for
-    shots of a film show the same faces and places. Where everything is of one film, its clips are split by id.
+    shots of a film show the same faces and places. Where that leaves nothing to train or to validate on, as with one
+    film, clips are split by id.
     """
-    unit = {i: films.get(i, i) for i in ids} if films else {i: i for i in ids}
-    if len(set(unit.values())) == 1:
-        unit = {i: i for i in unit}
+    unit = {i: films.get(i, i) if films else i for i in ids}
     place = {u: seed_of("split", u) / 2**63 for u in unit.values()}
+    if films and len(unit) > 1 and (len(place) == 1 or max(place.values()) < val_fraction):
+        return split_by_hash(unit, val_fraction)
     held_out = {u for u in place if place[u] < val_fraction}
     if not held_out and len(place) > 1 and val_fraction > 0:
         held_out = {min(place, key=lambda u: place[u])}
