@@ -53,8 +53,9 @@ def overfit(folder: Path, steps: int, vae_steps: int) -> float:
     start = time.process_time()
     video = clip()
     (folder / "clips").mkdir(parents=True, exist_ok=True)
-    write_video(folder / "clips/a.mp4", video, 8, lossless=True)
-    (folder / "clips/a.txt").write_text(PROMPT)
+    for name in ("a", "b"):  # one to train on, and one that is held out, unused
+        write_video(folder / f"clips/{name}.mp4", video, 8, lossless=True)
+        (folder / f"clips/{name}.txt").write_text(PROMPT)
     reconstruction = make_checkpoint(folder / "checkpoint", video, vae_steps)
     run = train(recipe(folder, steps), folder / "run")
     exported = export_run(run, "diffusers")
@@ -93,8 +94,7 @@ def recipe(folder: Path, steps: int) -> Recipe:
     assert isinstance(base.objective, Diffusion)
     return replace(
         base,
-        data=Data(root=str(folder / "clips"), frames=FRAMES, height=HEIGHT, width=WIDTH, fps=8.0, cache=True,
-                  val_fraction=0.0),
+        data=Data(root=str(folder / "clips"), frames=FRAMES, height=HEIGHT, width=WIDTH, fps=8.0, cache=True),
         model=CogVideoX(path=str(folder / "checkpoint"), weights="fp32"),
         lora=Lora(rank=16, alpha=32.0, targets="."),
         objective=replace(base.objective, cond_dropout=0.0),
