@@ -155,7 +155,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("four")
     (folder / "wanted.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("one", "two", "three")))
     wanted = ("--validation-file", str(folder / "wanted.jsonl"))
-    draw = {name: DRAW for name in MODELS} | {"lora": (*DRAW, *wanted)}
+    draw = dict.fromkeys(MODELS, DRAW) | {"lora": (*DRAW, *wanted)}
     cases = []
     for name in MODELS:
         cases.append(steps(1, "none", name, folder / f"{name}-none-1", *draw[name]))
