@@ -40,6 +40,16 @@ def vqvae(checkout: Path, variant: str, num_codes: int, dim: int, low_utilizatio
     return _quietly(module.VQVAE, args)
 
 
+def gpt(checkout: Path, **config: float) -> nn.Module:
+    """The seed's GPT (nanoGPT), without Weights & Biases."""
+    sys.modules.setdefault("wandb", ModuleType("wandb"))
+    module = _import(checkout, "cvlization.torch.training_pipeline.lm.gpt")
+    model: nn.Module = _quietly(module.GPT, module.GPTConfig(**config))
+    configure = model.configure_optimizers
+    model.configure_optimizers = lambda *args: _quietly(configure, *args)  # type: ignore[assignment]
+    return model
+
+
 def _import(checkout: Path, module: str) -> Any:
     if not (checkout / "cvlization").is_dir():
         raise SystemExit(f"--peer {checkout}: not a checkout of {PEER} (no folder cvlization in it)")

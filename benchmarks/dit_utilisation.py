@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks.harness import cpu_seconds, table
 from mutoscope.build import build_model
-from mutoscope.estimate import estimate
+from mutoscope.estimate.step import estimate
 from mutoscope.models.dit import DiT
 from mutoscope.objectives.diffusion import Diffusion
 from mutoscope.randomness import Draw

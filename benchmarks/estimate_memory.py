@@ -23,11 +23,12 @@ import torch
 
 from benchmarks.harness import peak_memory, table
 from mutoscope.autoencoders.presets import preset
-from mutoscope.estimate import estimate
+from mutoscope.estimate.step import estimate
+from mutoscope.estimate.tracker import Device
 from mutoscope.models.dit import DiT
 from mutoscope.objectives.diffusion import Diffusion
 from mutoscope.objectives.reconstruction import Reconstruction
-from mutoscope.recipe import Data, Optim, Recipe
+from mutoscope.recipe import Data, Lora, Optim, Recipe
 from mutoscope.text.encoders import HashedWords
 from mutoscope.training.log import console
 from mutoscope.training.loop import train
@@ -51,14 +52,22 @@ RECIPES = {
         precision="bf16",
         activation_checkpointing=True,
     ),
+    "joint DiT, LoRA over int8, checkpointing": replace(
+        BASE,
+        model=DiT(depth=12, width=768, heads=12, patch=(2, 4, 4), attention="joint"),
+        lora=Lora(rank=32, targets="attention"),
+        quantize="int8",
+        activation_checkpointing=True,
+    ),
 }
 
 
 def main() -> None:
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # for the processes to come
     rows, errors = [], []
+    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, recipe in RECIPES.items():
-        estimated, measured = estimate(recipe).peak_bytes / 2**20, measure(recipe)
+        estimated, measured = estimate(recipe, device).peak_bytes / 2**20, measure(recipe)
         errors.append(estimated / measured - 1)
         rows.append([name, f"{estimated:.0f}", f"{measured:.0f}", f"{errors[-1]:+.1%}"])
     table(["training step", "estimate MiB", "measured MiB", "error"], rows)

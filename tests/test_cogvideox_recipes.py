@@ -13,7 +13,7 @@ from mutoscope.checkpoints import hash_part
 from mutoscope.data.video import write_video
 from mutoscope.encode import encode
 from mutoscope.encoder import Encoder
-from mutoscope.estimate import estimate
+from mutoscope.estimate.step import estimate
 from mutoscope.models.cogvideox import CogVideoX
 from mutoscope.recipe import Optim, Recipe
 from mutoscope.recipes import cogvideox

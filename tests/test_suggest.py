@@ -18,7 +18,7 @@ from mutoscope.data.media import Media
 from mutoscope.data.prepare.shapes import to_toml
 from mutoscope.data.prepare.stats import Stats
 from mutoscope.data.sources.layouts import Clip
-from mutoscope.estimate import estimate
+from mutoscope.estimate.step import estimate
 from mutoscope.loading import load_recipe
 from mutoscope.recipe import Bucket, Recipe
 from mutoscope.suggest import constraints, largest_batch, parse_area, parse_memory, parse_rule, suggest

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from mutoscope.adapters import read_adapter
-from mutoscope.autoencoders.cogvideox import autoencoder_spec, scaling_stats
-from mutoscope.autoencoders.pretrained import load_autoencoder
+from mutoscope.autoencoders.pretrained import load_autoencoder, pretrained_spec, pretrained_stats
 from mutoscope.data.store import LatentStats
 from mutoscope.encoder import Encoder
 from mutoscope.loading import load_recipe
@@ -71,7 +70,7 @@ def encoder_of(
     return Encoder(
         load,
         spec=latent_spec(config),
-        stats=scaling_stats(config.path),
+        stats=pretrained_stats(config.path),
         load_text=load_text,
         first_frame=first_frame,
         window=window,
@@ -86,7 +85,7 @@ def latent_spec(autoencoder: Autoencoder | None) -> LatentSpec:
     if autoencoder is None:
         return PIXELS
     if autoencoder.recipe is None:
-        return autoencoder_spec(autoencoder.path)
+        return pretrained_spec(autoencoder.path)
     made = Path(autoencoder.path) / "recipe.toml"
     recipe = load_recipe(str(made) if made.exists() else autoencoder.recipe)
     with torch.device("meta"):

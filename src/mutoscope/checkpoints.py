@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from mutoscope.errors import listed
 from mutoscope.hub import INSTALL, download, is_hub_id
-from mutoscope.known_checkpoints import DEFAULTS, KNOWN, Config
+from mutoscope.known_checkpoints import DEFAULTS, IMAGE_VAE, KNOWN, KNOWN_IMAGE_VAES, Config
 from mutoscope.tiny_checkpoints import make_tiny, tiny_config
 
 PARTS = tuple(DEFAULTS)
@@ -32,12 +32,16 @@ TINY = "tiny://"
 
 _CLASSES = {
     "transformer": {"CogVideoXTransformer3DModel": "diffusers"},
-    "vae": {"AutoencoderKLCogVideoX": "diffusers"},
+    "vae": {"AutoencoderKLCogVideoX": "diffusers", "AutoencoderKL": "diffusers"},
     "text_encoder": {"T5EncoderModel": "transformers"},
 }
 """The classes that may stand in a part's config.json, and the library of each."""
 _CONFIG_FILES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 _WEIGHT_FILES = ("diffusion_pytorch_model", "model")
+_ALONE = {"vae": "AutoencoderKL"}
+"""Parts that are published by themselves as well, with their files in no folder, and the class of such ones."""
+_OLD_KEYS = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+"""What attention was called in the autoencoders of images that diffusers before 0.17 wrote."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -55,10 +59,22 @@ def open_checkpoint(path: str, parts: Sequence[str] = PARTS) -> Path:
     folder = Path(path).expanduser()
     if not folder.exists():
         return _download(path, [pattern for part in parts for pattern in _patterns(part)])
-    if folder.is_file() or not any((folder / part).is_dir() for part in parts):
+    if folder.is_file() or not any((folder / part).is_dir() or _is_alone(folder, part) for part in parts):
         raise ValueError(f"{path}: {_what_it_is(folder)}; what is wanted is a folder in diffusers' format, with "
                          f"{', '.join(parts)} in it, as <pipeline>.save_pretrained writes it")  # fmt: skip
     return folder
+
+
+def part_folder(path: str, part: str) -> Path:
+    """The folder of a part: in the checkpoint's; or that itself, where it is a single part, as an autoencoder often is
+    (stabilityai/sd-vae-ft-mse). Raises as `open_checkpoint`."""
+    folder = open_checkpoint(path, [part])
+    return folder if _is_alone(folder, part) else folder / part
+
+
+def _is_alone(folder: Path, part: str) -> bool:
+    config = folder / "config.json"
+    return part in _ALONE and config.is_file() and _class_name(json.loads(config.read_text())) == _ALONE[part]
 
 
 def part_config(path: str, part: str) -> Config:
@@ -72,15 +88,18 @@ def part_config(path: str, part: str) -> Config:
     name = _CONFIG_FILES.get(part, "config.json")
     if path in KNOWN and not Path(path).exists():
         return KNOWN[path][part]
-    folder = open_checkpoint(path, [part]) if Path(path).expanduser().exists() else _download(path, [f"{part}/{name}"])
-    file = folder / part / name
+    if path in KNOWN_IMAGE_VAES and part == "vae" and not Path(path).exists():
+        return KNOWN_IMAGE_VAES[path]
+    wanted = [f"{part}/{name}", *([name] if part in _ALONE else [])]
+    folder = open_checkpoint(path, [part]) if Path(path).expanduser().exists() else _download(path, wanted)
+    file = folder / name if _is_alone(folder, part) else folder / part / name
     if not file.is_file():
         raise FileNotFoundError(f"{path}: {part}/{name} is missing")
     config = json.loads(file.read_text())
     found = _class_name(config)
     if part in _CLASSES and found not in _CLASSES[part]:
         raise ValueError(f"{path}: its {part} is a {found}; known here: {', '.join(_CLASSES[part])}")
-    return DEFAULTS[part] | config
+    return (IMAGE_VAE if found == "AutoencoderKL" else DEFAULTS[part]) | config
 
 
 def scheduler_fields(path: str) -> dict[str, Any]:
@@ -115,7 +134,7 @@ def load_part(path: str, part: str, dtype: torch.dtype) -> nn.Module:
     probe = torch.empty(0)
     if probe.is_meta or isinstance(probe, FakeTensor):
         return _construct(part, config, dtype).eval()
-    folder = open_checkpoint(path, [part]) / part
+    folder = part_folder(path, part)
     try:
         from accelerate import init_empty_weights
     except ImportError as error:
@@ -156,7 +175,7 @@ def weight_files(folder: Path) -> list[Path]:
 def hash_part(path: str, part: str) -> str:
     """xxh3-128 over the names and bytes of a part's weights (of the tokenizer, of all its files): its identity,
     whatever its configuration. Reads a file at most once, a block at a time."""
-    folder = open_checkpoint(path, [part]) / part
+    folder = part_folder(path, part)
     files = sorted(f for f in folder.iterdir() if f.is_file()) if part == "tokenizer" else weight_files(folder)
     digest = xxhash.xxh3_128()
     for file in files:
@@ -183,7 +202,8 @@ def _patterns(part: str) -> list[str]:
     if part in ("scheduler", "tokenizer"):
         return [f"{part}/*"]
     weights = [f"{part}/{name}{end}" for name in _WEIGHT_FILES for end in (".safetensors", "-*-of-*.safetensors")]
-    return [f"{part}/*.json", *weights]
+    alone = [f.removeprefix(f"{part}/") for f in [f"{part}/config.json", *weights]] if part in _ALONE else []
+    return [f"{part}/*.json", *weights, *alone]
 
 
 def _download(path: str, patterns: Iterable[str]) -> Path:
@@ -250,9 +270,10 @@ def _load(module: nn.Module, files: Sequence[Path], dtype: torch.dtype, source: 
     misshapen = []
     for file in files:
         with _opened(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (it has no __iter__)
+            for key in tensors.keys():  # noqa: SIM118 (it has no __iter__)
+                name = _present_name(key, shapes)
                 where[name] = file
-                if name in shapes and (shape := tensors.get_slice(name).get_shape()) != shapes[name]:
+                if name in shapes and (shape := tensors.get_slice(key).get_shape()) != shapes[name]:
                     misshapen.append(f"{name}: {shape}, not {shapes[name]}")
     faults = {
         "missing": [names[0] for names in slots.values() if not any(name in where for name in names)],
@@ -266,10 +287,20 @@ def _load(module: nn.Module, files: Sequence[Path], dtype: torch.dtype, source: 
                          f"{matching} of {len(slots)} match{told}")  # fmt: skip
     for file in files:
         with _opened(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                tensor = tensors.get_tensor(name)
+            for key in tensors.keys():  # noqa: SIM118
+                tensor = tensors.get_tensor(key)
                 tensor = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)  # off the file
-                _assign(module, aliases[name], tensor)
+                _assign(module, aliases[_present_name(key, shapes)], tensor)
+
+
+def _present_name(key: str, known: Collection[str]) -> str:
+    """What the module calls what a file calls `key`."""
+    if key in known:
+        return key
+    renamed = key
+    for old, new in _OLD_KEYS.items():
+        renamed = renamed.replace(old, new)
+    return renamed if renamed in known else key
 
 
 def _opened(file: Path) -> Any:

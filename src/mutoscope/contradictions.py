@@ -70,6 +70,8 @@ def _contradictions_of_memory(recipe: Recipe) -> Iterator[str]:
     optim = recipe.optim
     if recipe.weights == "bf16" and recipe.lora is not None:
         yield "recipe.weights: LoRA's weights are always fp32, and the others are not trained; set weights = fp32"
+    if recipe.weights == "bf16" and recipe.precision == "fp32" and not recipe.model.native_precision:
+        yield "recipe.precision: over bf16 weights this network computes by autocast; set precision = bf16"
     if recipe.weights == "bf16" and optim.name == "muon":
         yield "recipe.optim.name: muon trains fp32 weights; set weights = fp32, or another optimizer"
     if recipe.quantize != "none" and recipe.lora is None:

@@ -85,6 +85,7 @@ class OnClips:
         recipe = load_recipe(self.recipe, trust_code=trusts)
         recipe = replace(recipe, data=replace(recipe.data, mix=(), **given))
         check(recipe)
+        recipe = recipe.model.complete(recipe)
         return ClipSet(**{f.name: getattr(recipe.data, f.name) for f in fields(ClipSet)}), recipe
 
 

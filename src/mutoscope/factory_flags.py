@@ -60,7 +60,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "num_train_epochs": ("steps",),
     "max_train_steps": ("steps",),
     "checkpointing_steps": ("save_every",),
-    "checkpoints_total_limit": (),
+    "checkpoints_total_limit": ("keep_last",),
     "resume_from_checkpoint": (),
     "gradient_accumulation_steps": ("accumulate",),
     "gradient_checkpointing": ("activation_checkpointing",),

@@ -81,6 +81,24 @@ DEFAULTS: dict[str, Config] = {
 }
 """What a key means that a config.json does not have: files of older versions lack some. By part."""
 
+IMAGE_VAE: Config = {
+    "_class_name": "AutoencoderKL",
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"],
+    "up_block_types": ["UpDecoderBlock2D"],
+    "block_out_channels": [64],
+    "layers_per_block": 1,
+    "act_fn": "silu",
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "sample_size": 32,
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+    "mid_block_add_attention": True,
+}
+"""The same for the autoencoder of images, by diffusers' defaults."""
+
 _TRAINED = {
     "clip_sample": False,
     "prediction_type": "v_prediction",
@@ -136,6 +154,18 @@ _PUBLISHED = {
     "CogVideoX1.5-5B-I2V": _checkpoint(_5B | _1_5 | {"in_channels": 32, "ofs_embed_dim": 512}, _VAE_1_5, 1.0),
 }  # fmt: skip
 
+_SD_VAE: Config = IMAGE_VAE | {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+}
+
+KNOWN_IMAGE_VAES: dict[str, Config] = {
+    f"stabilityai/sd-vae-ft-{name}": _SD_VAE | {"sample_size": 256} for name in ("mse", "ema")
+}
+"""The configurations of published autoencoders of images, by Hub id."""
+
 KNOWN: dict[str, dict[str, Config]] = {
     f"{owner}/{name}": parts for owner in ("THUDM", "zai-org") for name, parts in _PUBLISHED.items()
 }
@@ -181,3 +211,11 @@ TINY: dict[str, dict[str, Config]] = {
 }  # fmt: skip
 """The configurations behind tiny://NAME: every kind of CogVideoX there is, for clips of 9 × 32 × 48, of 88 k parameters
 or a few more in the transformer, 65 k in the autoencoder and 40 k in the text encoder."""
+
+TINY_IMAGE_VAE: Config = IMAGE_VAE | {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [8, 8, 8, 8],
+    "norm_num_groups": 2,
+}
+"""The configuration behind tiny://sd-vae, Stable Diffusion's autoencoder but for its widths: 8 × 8 pixels a latent."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -22,6 +22,9 @@ from mutoscope.types import Batch, Cond, Loss, ModelIO
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The hyper-parameters of a network."""
+
+    native_precision: ClassVar[bool] = False
+    """Whether the network computes in the precision of its weights by itself; others want autocast over bf16."""
 
     def build(self, io: ModelIO) -> nn.Module:
         """The network, with fresh weights drawn from torch's global generator, or with pretrained ones."""
@@ -210,7 +213,8 @@ class Autoencoder:
 
     path: str
     """The run directory that holds it; or, where `recipe` is none, a pretrained checkpoint: a folder in diffusers'
-    format, a Hub id or tiny://NAME. Empty is the model's own checkpoint."""
+    format, a Hub id or tiny://NAME. Empty is the model's own checkpoint; untrained:// is the recipe's network with
+    fresh weights, which is enough to try a chain out."""
     recipe: str | None
     """The recipe that trains it: tells its shapes before it exists, and the command that makes it. none: pretrained."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"

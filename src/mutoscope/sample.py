@@ -84,8 +84,11 @@ def draw_videos(
                 drawn = sample_diffusion(model, objective, recipe.sampler, cond, shape, draw, on_step)
             case NextToken() as objective:
                 assert isinstance(recipe.sampler, TokenSampler)
-                window = objective.window
-                drawn = sample_tokens(model, recipe.sampler, cond, io.grid, draw, window=window, on_step=on_step)
+                # One position at a time, casting weights to bf16 takes longer than computing with them
+                with torch.autocast(draw.device.type, torch.bfloat16, enabled=recipe.weights == "bf16"):
+                    drawn = sample_tokens(
+                        model, recipe.sampler, cond, io.grid, draw, cond.known_tokens, objective.window, on_step
+                    )
             case other:
                 raise ValueError(f"recipe.objective {type(other).__name__} has no sampler")
     return to_uint8(generator.encoder.decode(drawn)).cpu()
@@ -123,7 +126,8 @@ def inference(recipe: Recipe, model: nn.Module) -> Iterator[None]:
 def conditions(
     generator: Generator, num: int, label: int | None, prompt: str | None, prefix: Tensor | None = None
 ) -> Cond:
-    """The condition of `num` videos of one label and prompt, which begin with the latents of `prefix`.
+    """The condition of `num` videos of one label and prompt, which begin with the latents or tokens of
+    `prefix`.
 
     Raises ValueError where the model was not trained with labels, captions or given frames, or the label is out of
     range.
@@ -139,6 +143,8 @@ def conditions(
     cond = generator.encoder.text([prompt or ""] * num)
     if recipe.data.num_labels:
         cond = replace(cond, label=torch.full((num,), NO_LABEL if label is None else label, device=generator.device))
+    if prefix is not None and isinstance(recipe.objective, NextToken):
+        return replace(cond, known_tokens=prefix.expand(num, -1, -1, -1))
     if prefix is not None:
         if not (isinstance(recipe.objective, Diffusion) and recipe.objective.prefix_share):
             raise ValueError("--video, --image: the model was not trained to go on from frames that are given; train "
@@ -219,7 +225,8 @@ def sample_run(
         num: videos to draw.
         label: class of the videos, for models trained with labels.
         prompt: caption of the videos, for models trained with captions.
-        video, known_frames: the videos begin with so many frames of this one; for models trained with given frames.
+        video, known_frames: the videos begin with so many frames of this one; for models over tokens, and for others
+            that were trained with given frames.
         image: likewise, one frame.
         seed: the i-th video of a seed is the same whatever `num` is.
         steps, guidance_scale: in place of the recipe's.

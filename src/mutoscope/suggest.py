@@ -15,7 +15,7 @@ from mutoscope.build import latent_spec, model_io
 from mutoscope.data.buckets import available_frames
 from mutoscope.data.prepare.shapes import Allowed, Shape, Suggestion, assess, choose_shapes
 from mutoscope.data.prepare.stats import Stats
-from mutoscope.estimate import estimate
+from mutoscope.estimate.step import estimate
 from mutoscope.progress import Bars
 from mutoscope.recipe import Bucket, Data, Recipe
 from mutoscope.types import PIXELS, LatentSpec
@@ -171,11 +171,12 @@ def largest_batch(peak: Callable[[int], int], memory: int, most: int = MAX_BATCH
 # ---- what the command line says
 
 
-def parse_memory(text: str) -> int:
-    """24GB, 24GiB, 80G -> bytes: GB are thousands of MB, GiB are 1024 MiB. Raises ValueError for anything else."""
+def parse_memory(text: str, flag: str = "--memory") -> int:
+    """24GB, 24GiB, 80G -> bytes: GB are thousands of MB, GiB are 1024 MiB. Raises ValueError for anything else, naming
+    the flag."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    if not match or match[2] not in UNITS:
-        raise ValueError(f"--memory {text}: write a number and a unit, as in 24GB or 22.5GiB")
+    if not match or match[2] not in UNITS or not float(match[1]):
+        raise ValueError(f"{flag} {text}: write a number above 0 and a unit, as in 24GB or 22.5GiB")
     return int(float(match[1]) * UNITS[match[2]])
 
 

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 
 from mutoscope.errors import did_you_mean
-from mutoscope.known_checkpoints import TINY, Config
+from mutoscope.known_checkpoints import TINY, TINY_IMAGE_VAE, Config
 from mutoscope.randomness import seed_of
 
+IMAGE_VAE_NAME = "sd-vae"
+"""An autoencoder by itself, in no folder of a pipeline: as stabilityai/sd-vae-ft-mse is published."""
 VERSION = 1
 """Counts changes to what is made, so that an older one in the cache is never taken for it."""
 
@@ -28,11 +30,15 @@ def cache_folder() -> Path:
 
 
 def tiny_config(name: str, part: str) -> Config:
-    """The configuration of a part of tiny://NAME. Raises ValueError with the names there are."""
-    if name not in TINY:
-        hint = did_you_mean(name, TINY, "")
-        raise ValueError(f"tiny://{name}: there is no such tiny checkpoint{hint}; there are {', '.join(TINY)}")
-    return TINY[name][part]
+    """The configuration of a part of tiny://NAME. Raises ValueError with the names there are, or for a part that it has
+    not."""
+    parts = {IMAGE_VAE_NAME: {"vae": TINY_IMAGE_VAE}, **TINY}
+    if name not in parts:
+        hint = did_you_mean(name, parts, "")
+        raise ValueError(f"tiny://{name}: there is no such tiny checkpoint{hint}; there are {', '.join(parts)}")
+    if part not in parts[name]:
+        raise ValueError(f"tiny://{name}: has no {part}, only {', '.join(parts[name])}")
+    return parts[name][part]
 
 
 def make_tiny(name: str) -> Path:
@@ -40,7 +46,7 @@ def make_tiny(name: str) -> Path:
 
     Raises ValueError with the names there are.
     """
-    tiny_config(name, "transformer")
+    tiny_config(name, "vae")
     folder = cache_folder() / f"{name}-v{VERSION}"
     if folder.is_dir():
         return folder
@@ -59,6 +65,8 @@ def make_tiny(name: str) -> Path:
 
 
 def _write(name: str, folder: Path) -> None:
+    if name == IMAGE_VAE_NAME:
+        return _write_image_vae(folder)
     from diffusers import (
         AutoencoderKLCogVideoX,
         CogVideoXDDIMScheduler,
@@ -86,3 +94,11 @@ def _write(name: str, folder: Path) -> None:
         transformer=transformer,
         scheduler=CogVideoXDDIMScheduler.from_config(parts["scheduler"]),
     ).save_pretrained(folder)
+
+
+def _write_image_vae(folder: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(seed_of("tiny checkpoint", IMAGE_VAE_NAME))
+        AutoencoderKL.from_config(TINY_IMAGE_VAE).save_pretrained(folder)

@@ -83,6 +83,8 @@ class Cond:
     the loss does not count them. None where `known` is an input beside the noise, as in CogVideoX's image to video."""
     fps: Float[Tensor, "b"] | None = None
     """Frames per second that the video shows; 0 where that is not known."""
+    known_tokens: Int[Tensor, "b t1 h w"] | None = None
+    """Of models over tokens: the tokens of the frames that a video begins with. For sampling; training knows all."""
 
     def __post_init__(self) -> None:
         # Without a mask, padding and dropped captions would be attended to as if they were words
@@ -139,6 +141,7 @@ class Cond:
             label=_cat([c.label for c in conds]),
             known=_cat([c.known for c in conds]),
             known_mask=_cat([c.known_mask for c in conds]),
+            known_tokens=_cat([c.known_tokens for c in conds]),
             fps=_cat([c.fps for c in conds]),
         )
 

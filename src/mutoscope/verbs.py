@@ -89,24 +89,28 @@ class OnRecipe:
 class Show(OnRecipe):
     """Print a recipe as TOML, every field explained: `mutoscope show X > mine.toml` makes it yours.
 
-    Below it, as comments: parameters, shapes, and an estimate of a step's memory and FLOPs."""
+    Below it, as comments: parameters, shapes, and an estimate of memory on a GPU, phase by phase, and of FLOPs."""
 
     json_schema: bool = False
     """Print a JSON Schema of the TOML instead. Saved as recipe.schema.json, it gives completion in editors whose
     TOML files start with the line `#:schema ./recipe.schema.json`."""
+    gpu_memory: str | None = None
+    """Of a GPU, such as 24GB or 22.5GiB: say whether training fits into it, and which options would make it fit."""
 
     def run(self, flags: Sequence[str]) -> None:
-        from mutoscope.estimate import describe
+        from mutoscope.estimate.report import describe
         from mutoscope.limits import LIMITS
         from mutoscope.loading import find_function
         from mutoscope.schema import json_schema
+        from mutoscope.suggest import parse_memory
         from mutoscope.toml import dump_toml
 
+        memory = None if self.gpu_memory is None else parse_memory(self.gpu_memory, "--gpu-memory")
         recipe = self.load(flags)
         if self.json_schema:
             print(json.dumps(json_schema(recipe, LIMITS), indent=2, ensure_ascii=False))
             return
-        summary = describe(recipe)  # first: a recipe whose shapes don't fit is told, and not printed
+        summary = describe(recipe, memory)  # first: a recipe whose shapes don't fit is told, and not printed
         function = find_function(self.recipe, trust_code=self.trusts)
         print(dump_toml(recipe, header=inspect.getdoc(function) or "" if function else ""))
         print("\n".join(f"# {line}".rstrip() for line in summary.splitlines()))
@@ -231,10 +235,11 @@ class Sample:
     steps: int | None = None
     """Steps of the sampler, in place of the recipe's."""
     image: Path | None = None
-    """The first frame: of CogVideoX for image to video, or where the run was trained with given frames."""
+    """The first frame: of CogVideoX for image to video, of models over tokens, or where the run was trained with given
+    frames."""
     video: Path | None = None
-    """The video whose --known-frames the videos begin with, where the run was trained with given frames; for text to
-    video by CogVideoX, the video to start from."""
+    """The video whose --known-frames the videos begin with, of models over tokens or where the run was trained with
+    given frames; for text to video by CogVideoX, the video to start from."""
     known_frames: int | None = None
     """How many frames of --video are given; the rest is drawn. Not for CogVideoX."""
     negative_prompt: str | None = None

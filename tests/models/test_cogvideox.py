@@ -23,7 +23,9 @@ from mutoscope.models.cogvideox import CogVideoX, CogVideoXModel, check_shape
 from mutoscope.objectives.diffusion import Diffusion
 from mutoscope.randomness import Draw
 from mutoscope.recipe import Sampler
+from mutoscope.recipes.cogvideox import t2v_lora_tiny
 from mutoscope.samplers.diffusion import sample_diffusion
+from mutoscope.training.offload import place
 from mutoscope.types import Batch, Cond, ModelIO
 
 Shape = tuple[int, int, int]
@@ -269,10 +271,8 @@ def test_one_graph_serves_all_blocks_of_a_size_and_none_breaks(
         p.requires_grad_(trained in parameter_name)
     torch._dynamo.reset()
     counter = CompileCounter()
-    for block in model.blocks:
-        block.forward = torch.compile(block.forward, backend=counter, dynamic=False, fullgraph=True)
-        if checkpointing:
-            block.forward = partial(recompute, block.forward, use_reentrant=False)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    place(model, replace(t2v_lora_tiny(), compile=True, activation_checkpointing=checkpointing), torch.device("cpu"))
     plain = CogVideoXModel(transformer.from_config(TINY[name]["transformer"]), io(PORTRAIT, LARGER))
     plain.load_state_dict(model.state_dict())
     for size in (PORTRAIT, LARGER, PORTRAIT):

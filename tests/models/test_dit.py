@@ -6,15 +6,19 @@ import copy
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mutoscope.models.dit import DiT, DiTBlock, DiTModel
+from mutoscope.errors import ConfigError
+from mutoscope.loading import load_recipe
+from mutoscope.models.dit import DiT, DiTBlock, DiTModel, preset
 from mutoscope.models.layers import Attention, grid_sinusoid, modulate, sinusoid
-from mutoscope.models.patches import patchify, unpatchify
+from mutoscope.models.patches import patchify, token_times, unpatchify
+from mutoscope.overrides import override
 from mutoscope.types import NO_LABEL, Cond, ModelIO
 
 IO = ModelIO(channels=3, grid=(4, 4, 6), text_dim=12, num_labels=5)
@@ -249,20 +253,50 @@ def test_videos_are_independent_of_their_company() -> None:
         torch.testing.assert_close(model(x[row], time[row], cond.rows(row)), together[row], atol=5e-5, rtol=1e-5)
 
 
-SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 LATTE = {"S": 32.48, "B": 129.54, "L": 456.81, "XL": 673.68}
 """Millions of parameters as Latte's paper prints them, cut after two digits (arXiv:2401.03048 table 1)."""
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", LATTE)
 def test_parameter_counts_of_latte(size: str) -> None:
-    depth, width, heads = SIZES[size]
+    """Of Latte as it is: with a learned variance, and with queries and keys as they are."""
+    config = DiT(preset=f"Latte-{size}/2", qk_norm=False)  # type: ignore[arg-type]
     with torch.device("meta"):
-        model = DiT(depth=depth, width=width, heads=heads).build(ModelIO(channels=4, grid=(16, 32, 32)))
+        model = config.build(ModelIO(channels=4, out_channels=8, grid=(16, 32, 32)))
     count = sum(p.numel() for p in model.parameters())
-    # Ours predicts no variance, so that its head is half as wide; and its queries and keys are normalised
-    latte = count + (width + 1) * 4 * 2 * 2 - depth * 2 * width // heads
-    assert int(latte / 1e4) / 100 == LATTE[size]
+    assert int(count / 1e4) / 100 == LATTE[size]
+
+
+def test_presets_are_sizes_by_name() -> None:
+    for size, (depth, width, heads) in {"T": (2, 384, 3), "S": (12, 384, 6), "XL": (28, 1152, 16)}.items():
+        for patch in (2, 4, 8):
+            config = preset(f"Latte-{size}/{patch}")
+            assert (config.depth, config.width, config.heads, config.patch) == (depth, width, heads, (1, patch, patch))
+    assert preset("Latte-S/2") == DiT(), "the default"
+    named = replace(DiT(preset="Latte-B/4"), base_frames=8, qk_norm=False)
+    assert named.sized == replace(preset("Latte-B/4"), base_frames=8, qk_norm=False)
+    with pytest.raises(ValueError, match=r"no size 'Latte-M/2'; there are Latte-T/2, "):
+        preset("Latte-M/2")
+    with pytest.raises(ValueError, match=r"preset=Latte-B/2 says what depth, heads are; leave them out"):
+        DiT(preset="Latte-B/2", depth=4, heads=4)
+
+
+def test_a_preset_is_named_on_the_command_line() -> None:
+    recipe = override(load_recipe("minisora.dit"), ["--model.preset", "Latte-B/4"])
+    assert isinstance(recipe.model, DiT) and recipe.model.sized.width == 768 and recipe.model.sized.patch == (1, 4, 4)
+    with pytest.raises(ConfigError, match=r"recipe\.model\.preset: expected one of 'Latte-T/2'.*did you mean Latte-B/"):
+        override(load_recipe("minisora.dit"), ["--model.preset", "Latte-B/3"])
+
+
+def test_tokens_that_cover_given_and_drawn_frames_are_at_the_noisier_time() -> None:
+    times = torch.tensor([[0.0, 0.0, 0.0, 700.0]])
+    assert token_times(times, (2, 1, 1)).tolist() == [[0.0, 700.0]]
+    assert token_times(torch.tensor([700.0]), (2, 1, 1)).tolist() == [[700.0]]
+    model, (x, time), cond = built(), inputs(), texts()
+    frames = time[:, None].expand(-1, 4).clone()
+    torch.testing.assert_close(model(x, frames, cond), model(x, time, cond), atol=1e-4, rtol=1e-4)
+    frames[:, :2] = 0
+    assert (model(x, frames, cond) - model(x, time, cond)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mutoscope.estimate import _Tracker
+from mutoscope.estimate.tracker import Tracker
 from mutoscope.models.mamba import Mamba, MambaBlock, MambaModel
 from mutoscope.objectives.tokens import NextToken
 from mutoscope.randomness import Draw
@@ -207,12 +210,12 @@ def peak(version: int, frames: int, chunk: int) -> int:
     """Bytes of activations at the most, in a forward and backward pass over so many frames of 16 tokens."""
     io = ModelIO(channels=3, grid=(frames, 4, 4), vocab=4)
     model = replace(SMALL[version], width=32, chunk=chunk).build(io)
-    tracker = _Tracker()
+    tracker = Tracker("cpu")
     tracker.tell("weights", model.parameters())
     tokens = torch.zeros(1, *io.grid, dtype=torch.long)
     with tracker:
         model(tokens, Cond()).sum().backward()
-    return tracker.peak["activations"]
+    return tracker.account.peak()["activations"]
 
 
 @VERSIONS
@@ -238,6 +241,7 @@ def test_windows_are_trained_as_any_token_models() -> None:
 def test_autocast_stays_near_full_precision(version: int) -> None:
     torch.manual_seed(0)
     model = replace(SMALL[version], width=64, chunk=16).build(IO)
+    torch.nn.init.normal_(model.head.weight, std=0.1)
     tokens, cond = inputs()
     full = model(tokens, cond)
     with torch.autocast("cpu", torch.bfloat16):
@@ -354,3 +358,40 @@ def test_parameters_of_mamba_130m() -> None:
             block = MambaBlock(Mamba(version=version, state=state), None)
         counts[version] = 24 * sum(p.numel() for p in block.parameters()) + (1 + vocab) * 768
     assert counts == {1: 129_135_360, 2: 128_989_632}
+
+
+COMPILED = """
+import torch
+from mutoscope.models.mamba import Mamba
+from mutoscope.types import Cond, ModelIO
+for version in (1, 2):
+    torch.manual_seed(0)
+    config = Mamba(version=version, depth=1, width=16, state=4, head_dim=64 if version == 1 else 8)
+    model = config.build(ModelIO(channels=2, grid=(2, 4, 4), vocab=7, text_dim=6))
+    for n, p in model.named_parameters():
+        if "A_log" not in n and "dt_bias" not in n:
+            torch.nn.init.normal_(p, std=0.3)
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    args = (torch.randn(2, 32, 16), *model._states(2, None), torch.randn(2, 3, 6), mask)
+    block = model.blocks[0]
+    plain = block(*args)[0]
+    plain.sum().backward()
+    gradients = {n: p.grad.clone() for n, p in block.named_parameters()}
+    block.zero_grad()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")(*args)[0]
+    compiled.sum().backward()
+    torch.testing.assert_close(compiled, plain)
+    for n, p in block.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[n], atol=1e-4, rtol=1e-4)
+print("one graph")
+"""
+
+
+@pytest.mark.slow
+def test_blocks_compile_into_one_graph() -> None:
+    """The scan is one operator in it. In a process of its own: the checks of shapes are not for the compiler."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", COMPILED],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.stdout == "one graph\n", done.stderr

@@ -53,7 +53,7 @@ def theirs(scheduler: Any, objective: Diffusion, steps: int, **options: Any) -> 
     for t in scheduler.timesteps:
         step = scheduler.step(net(x, t.float().reshape(1), Cond()), t, x, **options)
         x = step.prev_sample
-    # diffusers' ancestral sampler puts noise back after its last step, too, unless that is from t = 0; OpenAI's does not
+    # diffusers puts noise back after the last step, too, unless that is from t = 0; OpenAI's code does not
     return step.pred_original_sample if "generator" in options else x
 
 

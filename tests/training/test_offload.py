@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jaxtyping
@@ -13,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mutoscope.loading import load_recipe
 from mutoscope.models.dit import DiT
 from mutoscope.objectives.diffusion import Diffusion
 from mutoscope.recipe import Data, Lora, Optim, Recipe
 from mutoscope.training.copies import Copies, Copy
+from mutoscope.training.loop import train
 from mutoscope.training.lora import add_lora
-from mutoscope.training.offload import BlockOffload, Parking, check_offload, place, recomputed
+from mutoscope.training.offload import BlockOffload, Parking, check_blocks, check_offload, place, recomputed
 from mutoscope.training.quantize import quantize_frozen
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -335,6 +338,15 @@ def test_a_cpu_refuses_to_offload_to_itself() -> None:
             ValueError, match=r"offload.*: moves memory from a GPU to the CPU, and this process computes"
         ):
             place(net(), recipe, CPU)
+
+
+def test_what_is_refused_leaves_no_run_directory(tmp_path: Path) -> None:
+    recipe = replace(load_recipe("minisora.dit_tiny"), autoencoder=None, activation_checkpointing=True)
+    with pytest.raises(ValueError, match="moves memory from a GPU"):
+        train(replace(recipe, offload_activations=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="offload_blocks = 9: Net has 5 blocks"):
+        check_blocks(net(), replace(RECIPE, offload_blocks=9))
 
 
 def test_place_recomputes_as_asked() -> None:

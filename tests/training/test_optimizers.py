@@ -295,7 +295,7 @@ PLAIN = Recipe(
     steps=1,
     batch_size=1,
 )
-FULL = replace(PLAIN, weights="bf16")
+FULL = replace(PLAIN, weights="bf16", precision="bf16")
 ADAPTERS = replace(PLAIN, lora=Lora(), activation_checkpointing=True)
 
 
@@ -303,6 +303,7 @@ ADAPTERS = replace(PLAIN, lora=Lora(), activation_checkpointing=True)
     ("recipe", "problem"),
     [
         (replace(FULL, lora=Lora()), "recipe.weights: LoRA's weights are always fp32"),
+        (replace(FULL, precision="fp32"), "recipe.precision: over bf16 weights .* set precision = bf16"),
         (replace(FULL, optim=Optim(name="muon")), "recipe.optim.name: muon trains fp32 weights"),
         (replace(PLAIN, quantize="int8"), "recipe.quantize: quantised weights cannot be trained; set recipe.lora"),
         (replace(ADAPTERS, quantize="int8", lora=Lora(dora=True)), "recipe.quantize: DoRA computes with the weights"),

@@ -242,8 +242,8 @@ def collate(samples: Sequence[Sample]) -> Clips:
 
 
 def to_pixels(video: UInt8[Tensor, "b t h w c"]) -> Float[Tensor, "b c t h w"]:
-    """Clips at rest -> pixels in [-1, 1], float32."""
-    return video.movedim(-1, 1).contiguous().float().div_(127.5).sub_(1)
+    """Clips at rest -> pixels in [-1, 1], float32. They stay where they lie, channels last, as convolutions like it."""
+    return video.float().div_(127.5).sub_(1).movedim(-1, 1)
 
 
 def to_uint8(video: Float[Tensor, "b c t h w"]) -> UInt8[Tensor, "b t h w c"]:

@@ -16,7 +16,7 @@ Attention is over text and video together, with no mask: all positions of the te
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -40,6 +40,7 @@ OFS = 2.0
 class CogVideoX(ModelConfig):
     """A pretrained CogVideoX transformer."""
 
+    native_precision: ClassVar[bool] = True
     path: str
     """The checkpoint: a folder in diffusers' format, a Hub id such as THUDM/CogVideoX-5b, or tiny://NAME."""
     task: Literal["t2v", "i2v"] = "t2v"
@@ -122,6 +123,8 @@ class CogVideoXModel(nn.Module):
     learned_positions: bool
     """Whether the learned table of positions is in use: always where the checkpoint has one and all sizes that the
     recipe trains at are its own. An adapter's metadata must tell, so that it is sampled as it was trained."""
+    compiled_blocks: bool = False
+    """Whether the blocks are compiled: set by whoever does that."""
 
     def __init__(self, transformer: Any, io: ModelIO) -> None:
         """transformer: diffusers' CogVideoXTransformer3DModel."""
@@ -181,7 +184,7 @@ class CogVideoXModel(nn.Module):
 
         # 3. Blocks. Below an adapter's first weights nothing has a gradient; were that so of the first block's input,
         # it would be compiled by itself
-        if torch.is_grad_enabled():
+        if self.compiled_blocks and torch.is_grad_enabled():
             tokens, text = (y.requires_grad_() if y.is_leaf else y for y in (tokens, text))
         for block in self.blocks:
             tokens, text = block(

@@ -86,7 +86,7 @@ class MambaModel(nn.Module):
         self.blocks = nn.ModuleList(MambaBlock(config, io.text_dim) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
         self.head = nn.Linear(config.width, vocab, bias=False)
-        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.weight)
 
     def forward(
         self,
@@ -103,7 +103,7 @@ class MambaModel(nn.Module):
         logits = []
         for piece in pieces:
             out, *states = (
-                checkpoint(self._piece, tokens, cond, piece, *states, use_reentrant=False)
+                checkpoint(self._piece, tokens, cond, piece, *states, use_reentrant=False, preserve_rng_state=False)
                 if recompute
                 else self._piece(tokens, cond, piece, *states)
             )

@@ -11,7 +11,6 @@ Both compute in fp32, or in fp64 where they get that. On CUDA they are mamba_ssm
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -23,6 +22,8 @@ BLOCK_ELEMENTS = 1 << 18
 """Numbers of state that the scan works on at a time, of all positions of a block: what a core's cache holds."""
 SSD_BLOCK = 64
 """Positions of a block of `ssd`. Work grows with it, and the loop over blocks shrinks."""
+_SSD_KERNEL = find_spec("mamba_ssm") is not None
+_SCAN_KERNEL = _SSD_KERNEL and find_spec("selective_scan_cuda") is not None  # newer builds leave it out unless asked
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ def selective_scan(
     """
     with torch.autocast(u.device.type, enabled=False):
         u, dt, A, B, C, initial = (at_least_fp32(x) for x in (u, dt, A, B, C, initial))
-        if u.is_cuda and _has_kernels("selective_scan_cuda"):
+        if u.is_cuda and _SCAN_KERNEL:
             return through_stateless(_kernel, u, dt, A, B, C, initial)
         y, final, _ = _scan(u, dt, A, B, C, initial)
     return y, final
@@ -67,7 +68,7 @@ def _scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tenso
     for i in range(blocks):
         starts[i] = state
         here = slice(i * size, (i + 1) * size)
-        decays, states = _states(u[:, here], dt[:, here], A, B[:, here], state)
+        _, states = _states(u[:, here], dt[:, here], A, B[:, here], state)
         y[:, here] = (states[1:] @ _first(C[:, here]).unsqueeze(-1)).squeeze(-1).transpose(0, 1)
         state = states[-1]
     return y, state.clone(), starts
@@ -165,12 +166,6 @@ _scan.register_autograd(_gradients, setup_context=_keep)
 # ---------------------------------------------------------------- mamba_ssm's kernels
 
 
-@cache
-def _has_kernels(module: str) -> bool:
-    """Whether mamba_ssm is installed, and this part of it: newer builds leave Mamba-1's out unless asked."""
-    return find_spec("mamba_ssm") is not None and find_spec(module) is not None
-
-
 def _kernel(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """y of mamba_ssm's kernel, which wants positions last."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -227,7 +222,7 @@ def ssd(
     """
     with torch.autocast(x.device.type, enabled=False):
         x, dt, A, B, C, initial = (at_least_fp32(v) for v in (x, dt, A, B, C, initial))
-        if x.is_cuda and _has_kernels("triton"):
+        if x.is_cuda and _SSD_KERNEL:
             from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
             one_group = lambda v: v.unsqueeze(2).contiguous()

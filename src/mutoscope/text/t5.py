@@ -54,8 +54,11 @@ class T5(TextConfig):
 
     def build(self) -> T5Encoder:
         """The encoder, on the CPU. Raises as `checkpoints.load_part`."""
-        model = load_part(self.path, "text_encoder", DTYPES[self.weights]).requires_grad_(False)
-        return T5Encoder(_tokenizer(self.path), model, self.length)
+        return T5Encoder(_tokenizer(self.path), self.build_without_tokenizer(), self.length)
+
+    def build_without_tokenizer(self) -> nn.Module:
+        """The network alone, from token ids. Raises as `checkpoints.load_part`."""
+        return load_part(self.path, "text_encoder", DTYPES[self.weights]).requires_grad_(False)
 
 
 class T5Encoder(nn.Module):

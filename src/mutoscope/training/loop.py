@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mutoscope.build import build_encoder, build_trainee
+from mutoscope.build import build_encoder, build_trainee, model_io
 from mutoscope.contradictions import validate
 from mutoscope.data.buckets import Plan, iterate_once
 from mutoscope.data.dataset import Clips, list_and_look
@@ -35,7 +35,7 @@ from mutoscope.training.checkpoint import newest_checkpoint
 from mutoscope.training.deepspeed import DeepSpeedState
 from mutoscope.training.engine import Engine
 from mutoscope.training.log import Log
-from mutoscope.training.offload import check_offload, place
+from mutoscope.training.offload import check_blocks, check_offload, place
 from mutoscope.training.optimizers import cast_trained
 from mutoscope.training.quantize import check_quantization, quantize_frozen
 from mutoscope.training.quarantine import Quarantine
@@ -63,6 +63,9 @@ def train(recipe: Recipe, out: Path) -> Run:
     run = Run(out)
     try:
         check_offload(recipe, engine.device)
+        if recipe.activation_checkpointing or recipe.compile:  # offload_blocks goes with the first
+            with torch.device("meta"):
+                check_blocks(recipe.model.build(model_io(recipe)), recipe)
         if recipe.quantize != "none":
             check_quantization(recipe.quantize, engine.device, recipe.compile)
         with run.locked() if engine.main else nullcontext(), stopping_softly() as stop:

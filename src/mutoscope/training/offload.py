@@ -22,8 +22,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from mutoscope.models.cogvideox import CogVideoXModel
 from mutoscope.recipe import Recipe
 from mutoscope.training.copies import Copies, Copy
+from mutoscope.training.feed_forward import chunk_feed_forwards
 
 Forward = Callable[..., Any]
 
@@ -44,33 +46,54 @@ def check_offload(recipe: Recipe, device: torch.device) -> None:
                              f"{device.type} itself; leave it out here")  # fmt: skip
 
 
-def place(model: nn.Module, recipe: Recipe, device: torch.device, move: bool = True) -> None:
+def check_blocks(model: nn.Module, recipe: Recipe) -> None:
+    """Raise ValueError where the network, which may be shapes alone, has not the blocks that the recipe speaks of."""
+    count = len(getattr(model, "blocks", ()))
+    if not count and (recipe.activation_checkpointing or recipe.compile):
+        raise ValueError(f"{type(model).__name__} has no blocks to recompute, compile or offload; set "
+                         "activation_checkpointing and compile to false")  # fmt: skip
+    if recipe.offload_blocks > count:
+        raise ValueError(f"offload_blocks = {recipe.offload_blocks}: {type(model).__name__} has {count} blocks")
+
+
+def place(
+    model: nn.Module, recipe: Recipe, device: torch.device, *, move: bool = True, copies: Copies | None = None
+) -> None:
     """Move a model to the device, its blocks compiled, recomputed and offloaded as the recipe asks. Parameters keep
     their names, and those that are trained their identity. move: False where the engine moves it, a block at a time.
 
+    copies: what moves memory in an estimate, which is on the device already, and only counts what would be moved.
+
     Raises ValueError as `check_offload`; where there are no blocks to do that to; and as `BlockOffload`.
     """
-    check_offload(recipe, device)
+    estimating = copies is not None
+    if not estimating:
+        check_offload(recipe, device)
+    check_blocks(model, recipe)
     blocks = list(getattr(model, "blocks", ()))
-    if not blocks and (recipe.activation_checkpointing or recipe.compile):
-        raise ValueError(f"{type(model).__name__} has no blocks to recompute, compile or offload; set "
-                         "activation_checkpointing and compile to false")  # fmt: skip
-    copies = Copies(device)
-    parking = Parking(copies)
+    copies = copies or Copies(device)
+    parking = Parking(copies, SMALLEST)
     weights = BlockOffload(model, blocks, recipe.offload_blocks, copies) if recipe.offload_blocks else None
-    if weights is not None:
+    if weights is not None and not estimating:
         weights.move(model, device)
-    elif move:
+    elif move and not estimating:
         model.to(device)
+    if recipe.activation_checkpointing:
+        chunk_feed_forwards(model)
+    inside = False
     if recipe.compile:
         # One compilation for each shape, and another without gradients: more are a mistake, and stop the run
         torch._dynamo.config.recompile_limit = max(8, 2 * len(recipe.data.shapes(1)) + 2)
-        for block in blocks:  # innermost: dynamo compiles nothing inside of a recomputation, nor what moves memory
-            block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
+        inside = recipe.activation_checkpointing and weights is None and not recipe.offload_activations
+        for block in blocks:  # innermost, where memory is moved: dynamo compiles nothing that does that
+            forward = recomputed_inside(block.forward) if inside else block.forward
+            block.forward = torch.compile(forward, dynamic=False, fullgraph=True)
+        if isinstance(model, CogVideoXModel):
+            model.compiled_blocks = True
     for i, block in enumerate(blocks):
         if weights is not None:
             block.forward = weights.fetched(i, block.forward)
-        if recipe.activation_checkpointing:
+        if recipe.activation_checkpointing and not inside:
             block.forward = recomputed(block.forward)
         if recipe.offload_activations:
             block.forward = parking.parked(block.forward)
@@ -88,6 +111,12 @@ def recomputed(forward: Forward) -> Forward:
         return checkpoint(call, *args, *kwargs.values(), use_reentrant=False)
 
     return run
+
+
+def recomputed_inside(forward: Forward) -> Forward:
+    """Activation checkpointing to be compiled with the function itself. The backward pass then recomputes only what it
+    needs: of a frozen network's last layer, for one, nothing."""
+    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def _with_names(forward: Forward, names: tuple[str, ...], *values: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mutoscope.recipe import Optim
 from mutoscope.sharded import is_sharded, local, sum_over_parts
+from mutoscope.training.copies import Copies
 from mutoscope.training.per_parameter import PerParameter
 from mutoscope.training.update_rules import Rule, adamw, came, prodigy
 from mutoscope.types import DTYPES
@@ -29,10 +30,13 @@ def cast_trained(model: nn.Module, weights: str) -> None:
             p.data = p.data.to(DTYPES[weights])
 
 
-def build_optimizers(model: nn.Module, optim: Optim, seed: int = 0) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: nn.Module, optim: Optim, seed: int = 0, copies: Copies | None = None
+) -> list[torch.optim.Optimizer]:
     """The optimizer of all trainable parameters; for Muon two, its own of the blocks' matrices and AdamW of the rest.
 
-    Weight decay spares tensors of fewer than two dimensions. seed: of stochastic rounding.
+    Weight decay spares tensors of fewer than two dimensions. seed: of stochastic rounding. copies: as in
+    `offload.place`.
 
     Raises ValueError where nothing is trainable, where weights that are trained are neither fp32 nor bf16, where there
     are no bf16 weights to round, where Muon finds no matrices or finds them in bf16, where gradients are to be
@@ -53,7 +57,7 @@ def build_optimizers(model: nn.Module, optim: Optim, seed: int = 0) -> list[torc
     groups = [g | {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps} for g in groups if g["params"]]
     optimizers: list[torch.optim.Optimizer] = []
     if groups:
-        optimizers.append(_optimizer(groups, optim, seed))
+        optimizers.append(_optimizer(groups, optim, seed, copies))
     if matrices:
         muon = torch.optim.Muon(matrices.values(), lr=optim.muon_lr, weight_decay=optim.weight_decay)
         optimizers.append(muon)
@@ -82,7 +86,7 @@ def _check(params: dict[str, nn.Parameter], optim: Optim) -> None:
                          "taken; run one process, or set release_gradients = false")  # fmt: skip
 
 
-def _optimizer(groups: list[dict[str, Any]], optim: Optim, seed: int) -> torch.optim.Optimizer:
+def _optimizer(groups: list[dict[str, Any]], optim: Optim, seed: int, copies: Copies | None) -> torch.optim.Optimizer:
     params = [p for group in groups for p in group["params"]]
     device = torch.device("cpu") if optim.offload else params[0].device
     match optim.name:
@@ -99,7 +103,9 @@ def _optimizer(groups: list[dict[str, Any]], optim: Optim, seed: int) -> torch.o
             rule = came(device)
         case "prodigy":
             rule = prodigy(device)
-    optimizer = PerParameter(groups, rule, stochastic=optim.stochastic_rounding, offload=optim.offload, seed=seed)
+    optimizer = PerParameter(
+        groups, rule, stochastic=optim.stochastic_rounding, offload=optim.offload, seed=seed, copies=copies
+    )
     if optim.release_gradients:
         optimizer.release()
     return optimizer

@@ -43,8 +43,16 @@ class PerParameter(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, groups: list[Group], rule: Rule, *, stochastic: bool = False, offload: bool = False, seed: int = 0
+        self,
+        groups: list[Group],
+        rule: Rule,
+        *,
+        stochastic: bool = False,
+        offload: bool = False,
+        seed: int = 0,
+        copies: Copies | None = None,
     ) -> None:
+        """copies: what moves memory, where it is not to be the parameters' device's own."""
         super().__init__(groups, {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0})
         self.rule, self.offload, self.seed = rule, offload, seed
         self.released: dict[nn.Parameter, Tensor] = {}
@@ -53,7 +61,7 @@ class PerParameter(torch.optim.Optimizer):
         self._places = {p: place for place, p in enumerate(self._groups)}
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._arriving: dict[nn.Parameter, Copy] = {}
-        self._copies = Copies(next(iter(self._groups)).device)
+        self._copies = copies or Copies(next(iter(self._groups)).device)
         for p in self._groups:
             part = local(p)
             state = rule.new_state(part)

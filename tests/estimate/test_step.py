@@ -12,7 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from mutoscope.autoencoders.presets import preset
 from mutoscope.build import model_io
-from mutoscope.estimate import describe, estimate
+from mutoscope.estimate.report import describe
+from mutoscope.estimate.step import estimate
 from mutoscope.models.dit import DiT
 from mutoscope.objectives.diffusion import Diffusion
 from mutoscope.objectives.reconstruction import Reconstruction
@@ -128,7 +129,7 @@ def test_memory_is_what_training_allocates(recipe: Recipe, tmp_path, monkeypatch
         train(recipe, tmp_path / "run")
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     used = torch.tensor([event.nbytes() for event in events if event.name() == "[memory]"]).cumsum(0)
-    assert estimate(recipe).peak_bytes == pytest.approx(int(used.max()), rel=0.08)
+    assert estimate(recipe, "cpu").peak_bytes == pytest.approx(int(used.max()), rel=0.08)
 
 
 def test_describe_tells_what_a_reader_asks() -> None:
