@@ -92,8 +92,8 @@ def _recording(drawn: list[Any]) -> type:
         def normal(self, *shape: int) -> torch.Tensor:
             return self._noted(super().normal(*shape))
 
-        def uniform(self) -> torch.Tensor:
-            return self._noted(super().uniform())
+        def uniform(self, *shape: int) -> torch.Tensor:
+            return self._noted(super().uniform(*shape))
 
         def _noted(self, values: torch.Tensor) -> torch.Tensor:
             firsts = values.flatten(1)[:, 0] if values.ndim > 1 else values

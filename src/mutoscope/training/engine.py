@@ -15,6 +15,7 @@ import os
 import time
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -247,9 +248,9 @@ class Engine:
 
     def check_apart(self, samples: Sequence[int]) -> None:
         """Raise RuntimeError where two processes train on the same samples, and so with the same noise."""
-        everyone = self.gather([str(sample) for sample in samples])
-        if twice := {sample for sample in everyone if everyone.count(sample) > 1}:
-            raise RuntimeError(f"samples {', '.join(sorted(twice)[:5])} are trained on by two processes at once")
+        seen = Counter(self.gather([str(sample) for sample in samples]))
+        if twice := [sample for sample, times in seen.items() if times > 1]:
+            raise RuntimeError(f"samples {', '.join(twice[:5])} are trained on by two processes at once")
 
     def stop(self) -> None:
         """Leave the other processes."""
