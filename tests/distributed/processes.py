@@ -60,6 +60,7 @@ def main() -> None:
     """Be one of the processes."""
     warnings.filterwarnings("error")  # first: our own exceptions from it come with the imports
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")  # dynamo looks
     from mutoscope.cli import main as mutoscope
     from mutoscope.training import loop
 
