@@ -15,12 +15,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part; writing into it changes the tensor."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    return DTensor.to_local(tensor.detach()) if isinstance(tensor, DTensor) else tensor  # type: ignore[arg-type]
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of it, gathered from the processes, which call this together."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
+    return DTensor.full_tensor(tensor.detach()) if isinstance(tensor, DTensor) else tensor  # type: ignore[arg-type]
 
 
 def fill(tensor: Tensor, value: Tensor) -> None:

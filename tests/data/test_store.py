@@ -155,6 +155,30 @@ def test_every_flipped_bit_of_manifest_and_items_is_found(tmp_path: Path, name: 
             assert harmless and name == "manifest.json" and chr(whole[bit // 8]).isspace()  # one space for another
 
 
+def test_two_hundred_flipped_bits_of_a_whole_store_are_found(tmp_path: Path) -> None:
+    """Wherever they are: what is read of the store is right, or its file is named."""
+    make_store(tmp_path / "store")
+    files = sorted(p for p in (tmp_path / "store").rglob("*") if p.is_file() and p.name != "manifest.json")
+    rng, wholes = random.Random(1), {path: path.read_bytes() for path in files}
+
+    def read_all() -> None:
+        store = LatentStore(tmp_path / "store")
+        for place in range(10):
+            assert torch.equal(store.read(place).moments, moments_of(place))
+        store.cond(["naïve 中文\n", "", "a red 3"])
+
+    read_all()
+    for path in rng.choices(files, weights=[len(whole) for whole in wholes.values()], k=200):
+        damaged = bytearray(wholes[path])
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(StoreError) as error:
+            read_all()
+        assert str(path.with_suffix("")) in str(error.value)  # a record is told by its shard, whose index may be it
+        path.write_bytes(wholes[path])
+    read_all()
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

@@ -60,6 +60,7 @@ def main() -> None:
     """Be one of the processes."""
     warnings.filterwarnings("error")  # first: our own exceptions from it come with the imports
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")  # dynamo looks
     from mutoscope.cli import main as mutoscope
     from mutoscope.training import loop
 
@@ -92,8 +93,8 @@ def _recording(drawn: list[Any]) -> type:
         def normal(self, *shape: int) -> torch.Tensor:
             return self._noted(super().normal(*shape))
 
-        def uniform(self) -> torch.Tensor:
-            return self._noted(super().uniform())
+        def uniform(self, *shape: int) -> torch.Tensor:
+            return self._noted(super().uniform(*shape))
 
         def _noted(self, values: torch.Tensor) -> torch.Tensor:
             firsts = values.flatten(1)[:, 0] if values.ndim > 1 else values

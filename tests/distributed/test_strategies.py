@@ -26,6 +26,7 @@ MODELS = {
 # Three steps, since many weights are zero at first, and others have no gradient until they are not. Adam divides by a
 # gradient's size: with its own eps, one that is all rounding error would move a weight as far as any
 STEPS = ("--steps", "3", "--validate-every", "3", "--save-every", "3", "--optim.eps", "1e-4", "--log-every", "1")
+FSDP2 = ("--parallel.strategy", "fsdp2")
 BATCH = 4
 """Samples of a step."""
 
@@ -90,6 +91,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cases.append(steps(1, "none", name, folder / f"{name}-none-1"))
         cases += [steps(2, s, name, folder / f"{name}-{s}-2") for s in ("ddp", "fsdp2")]
     cases += resumed(folder)
+    cases.append(case(2, folder / "unlike", MODELS["dit"][0], *STEPS, "--batch-size", "6", *FSDP2))
     play(folder, cases)
     return folder
 
@@ -119,6 +121,11 @@ def resumed(folder: Path) -> list[dict[str, Any]]:
 
 def test_steps_of_two_processes_equal_those_of_one(two: Path) -> None:
     check_steps(two, list(MODELS), [2])
+
+
+def test_validation_of_unlike_shares(two: Path) -> None:
+    """Three batches for two processes, which must call a sharded model alike."""
+    assert val_losses(two / "unlike")[0] == pytest.approx(val_losses(two / "dit-none-1")[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

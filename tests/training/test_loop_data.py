@@ -74,18 +74,18 @@ def test_buckets_train_resume_exactly_and_tell_what_they_left_out(
     train(ours, tmp_path / "whole")
     told = capsys.readouterr().err
     assert "at 4x16x16" in told and "at 8x16x32" in told and "clips left out" in told and "too short: 2 frames" in told
-    import mutoscope.training.loop as loop
+    import mutoscope.training.saver as saver
 
-    save, seen = loop.save_checkpoint, []
+    save, seen = saver.save_checkpoint, []
 
-    def stop_after(folder: Path, step: int, *rest: object) -> Path:
+    def stop_after(folder: Path, step: int, *rest: object, group: None) -> Path:
         path = save(folder, step, *rest)  # type: ignore[arg-type]
         seen.append(json.loads((path / "state.json").read_text()))
         if step == 5:
             raise Stopped(15, "as if by SIGTERM")
         return path
 
-    monkeypatch.setattr(loop, "save_checkpoint", stop_after)
+    monkeypatch.setattr(saver, "save_checkpoint", stop_after)
     with pytest.raises(Stopped):
         train(ours, tmp_path / "resumed")
     train(ours, tmp_path / "resumed")

@@ -91,7 +91,7 @@ def test_auto_is_filled_in_and_the_rest_kept(tmp_path: Path) -> None:
     given = {
         "train_batch_size": "auto", "gradient_clipping": "auto", "steps_per_print": 5, "bf16": {"enabled": "auto"},
         "fp16": {"enabled": "auto", "loss_scale": 0}, "zero_optimization": zero,
-        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+        "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
     }  # fmt: skip
     found = made(tmp_path, given)
     assert found["steps_per_print"] == 5

@@ -16,9 +16,9 @@ from mutoscope.recipe import Optim
 from mutoscope.training.checkpoint import save_checkpoint
 from mutoscope.training.copies import Copies, Copy
 from mutoscope.training.engine import Engine
-from mutoscope.training.loop import TrainState
 from mutoscope.training.optimizers import build_optimizers, cast_trained, clip_gradients, gradient_norms
 from mutoscope.training.per_parameter import PerParameter, join, round_stochastically, split
+from mutoscope.training.state import TrainState
 
 ALONE = Engine(rank=0, world=1, device=torch.device("cpu"))
 
@@ -90,8 +90,12 @@ def backward(model: nn.Module, step: int, micro_steps: int = 1) -> Tensor:
     return total
 
 
+def of(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> TrainState:
+    return TrainState(model, optimizers, None, model, ALONE)
+
+
 def train(model: nn.Module, optim: Optim, steps: range, limit: float = 0.0, micro_steps: int = 1) -> TrainState:
-    state = TrainState(model, build_optimizers(model, optim, seed=7), None)
+    state = of(model, build_optimizers(model, optim, seed=7))
     run(state, steps, limit, micro_steps)
     return state
 
@@ -138,7 +142,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(lever: str, tmp_path: Path) -> None:
     run(whole, range(4, 8))
 
     model = net(weights)
-    resumed = TrainState(model, build_optimizers(model, optim, seed=7), None)
+    resumed = of(model, build_optimizers(model, optim, seed=7))
     resumed.load(tmp_path / "00000004")
     run(resumed, range(4, 8))
     assert_same(whole.model, resumed.model)
@@ -157,7 +161,7 @@ def test_offloaded_state_goes_on_without_offload(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 3, whole.tensors(), {}, ALONE)
     run(whole, range(3, 6))
     model = net("bf16")
-    resumed = TrainState(model, build_optimizers(model, replace(optim, offload=True), seed=7), None)
+    resumed = of(model, build_optimizers(model, replace(optim, offload=True), seed=7))
     resumed.load(tmp_path / "00000003")
     run(resumed, range(3, 6))
     assert_same(whole.model, resumed.model)
@@ -238,7 +242,7 @@ class OtherMemory(Copies):
 
 
 def offloaded(model: nn.Module, optim: Optim) -> TrainState:
-    state = TrainState(model, build_optimizers(model, replace(optim, offload=True), seed=7), None)
+    state = of(model, build_optimizers(model, replace(optim, offload=True), seed=7))
     for optimizer in state.optimizers:
         assert isinstance(optimizer, PerParameter)
         optimizer._copies = OtherMemory()
@@ -290,7 +294,7 @@ def test_offload_from_a_gpu(lever: str) -> None:
     optim, weights = LEVERS[lever]
     model, plain = net(weights).cuda(), net(weights).cuda()
     optimizers = build_optimizers(model, replace(optim, offload=True))
-    state, on_device = TrainState(model, optimizers, None), TrainState(plain, build_optimizers(plain, optim), None)
+    state, on_device = of(model, optimizers), of(plain, build_optimizers(plain, optim))
     for one in (state, on_device):
         run(one, range(20), limit=0.05, micro_steps=2)
     assert {x.device.type for kept in optimizers[0].state.values() for x in kept.values()} == {"cpu"}

@@ -51,9 +51,8 @@ class DeepSpeedState:
             model=model, optimizer=self.optimizer, config=config, dist_init_required=False
         )[0]
         self._begin_moments()
-        self.optimizers, self.step, self.consumed = [self.optimizer], 0, ()
-        self.step: int
-        self.consumed: tuple[int, ...]
+        self.optimizers, self.step = [self.optimizer], 0
+        self.consumed: tuple[int, ...] = ()
         self._last, self._finite = True, True
 
     def _begin_moments(self) -> None:
@@ -247,7 +246,7 @@ def _read(path: str | None) -> Json:
 
 def _merged(given: Json, ours: Json, prefix: str, faults: list[str]) -> Json:
     """The given values and ours where there are none; "auto" is ours, or DeepSpeed's default where we know nothing."""
-    merged = {}
+    merged: Json = {}
     for key in dict.fromkeys([*given, *ours]):
         name, value, own = f"{prefix}{key}", given.get(key, "auto"), ours.get(key)
         if isinstance(value, dict) or (isinstance(own, dict) and value == "auto"):

@@ -15,15 +15,17 @@ import os
 import time
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import xxhash
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -159,7 +161,8 @@ class Engine:
         hold a model together call this together, and must do the same."""
         if not isinstance(model, FSDPModule):
             return do()
-        done: T = model._within(do)
+        within: Any = model._within
+        done: T = within(do)
         return done
 
     def settle(self, model: nn.Module) -> None:
@@ -234,7 +237,7 @@ class Engine:
         state = {name: value for name, value in model.state_dict().items() if name not in frozen}
         for name, value in sorted(state.items(), key=lambda item: item[0]):
             digest.update(name.encode())
-            digest.update(local(value.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(local(value.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         mine = torch.tensor([digest.intdigest() >> 1], dtype=torch.int64, device=self.device)
         all_ranks = [torch.zeros_like(mine) for _ in range(self.world)]
         dist.all_gather(all_ranks, mine)
@@ -245,9 +248,9 @@ class Engine:
 
     def check_apart(self, samples: Sequence[int]) -> None:
         """Raise RuntimeError where two processes train on the same samples, and so with the same noise."""
-        everyone = self.gather([str(sample) for sample in samples])
-        if twice := {sample for sample in everyone if everyone.count(sample) > 1}:
-            raise RuntimeError(f"samples {', '.join(sorted(twice)[:5])} are trained on by two processes at once")
+        seen = Counter(self.gather([str(sample) for sample in samples]))
+        if twice := [sample for sample, times in seen.items() if times > 1]:
+            raise RuntimeError(f"samples {', '.join(twice[:5])} are trained on by two processes at once")
 
     def stop(self) -> None:
         """Leave the other processes."""
@@ -255,13 +258,13 @@ class Engine:
             dist.destroy_process_group()
 
 
-def _meet(rank: int, world: int, timeout: timedelta) -> tuple[dist.Store, str]:
+def _meet(rank: int, world: int, timeout: timedelta) -> tuple[Store, str]:
     """A part of torchrun's store that no process wrote to before these, and its prefix.
 
     torchrun has one store for all of its restarts (as of torch 2.13), so that processes would look for each other where
     those before them were. Each says who it is; process 0 answers with all of them until each has found itself there.
     """
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
     mine, give_up = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     store.set(f"here {rank}", mine)
     while time.monotonic() < give_up:
@@ -274,7 +277,7 @@ def _meet(rank: int, world: int, timeout: timedelta) -> tuple[dist.Store, str]:
         if rank == 0 and store.check([f"{meeting} {r}" for r in range(world)]):
             store.set(f"{meeting} begins", "")
         if mine in everyone and store.check([f"{meeting} begins"]):
-            return dist.PrefixStore(meeting, store), meeting
+            return PrefixStore(meeting, store), meeting
         time.sleep(0.05)
     raise TimeoutError(f"process {rank} of {world} did not meet the others in {timeout}")
 

@@ -121,10 +121,12 @@ def _train(
         _preview(recipe, run, engine, state, generator, sources["val"], wanted, due=True)
 
     # 3. Train
-    bad_steps = 0
+    bad_steps, first_step = 0, state.step
     while state.step < recipe.steps:
         watchdog.at(state.step, "waiting for clips")
         micro = [next(clips) for _ in range(recipe.accumulate)]
+        if state.step == first_step:
+            engine.check_apart([sample for raw in micro for sample in raw.samples])
         quarantine.add([b for raw in micro if isinstance(raw, Clips) for b in raw.broken], state.step + 1)
         watchdog.at(state.step, "in the forward and backward pass")
         losses = _forward_backward(recipe, engine, state, encoder, micro)

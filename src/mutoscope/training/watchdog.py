@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from mutoscope.training.engine import Engine
 
@@ -62,13 +63,13 @@ class Watchdog:
                 if store is not None and store.add(f"told {step} {what}", 1) == 1 and not self._over.wait(self.seconds):
                     _tell_of_all(store, self.engine.world)
 
-    def _store(self) -> dist.Store | None:
+    def _store(self) -> Store | None:
         """The one that the processes met by, over a connection of this thread's own."""
         if not dist.is_initialized():
             return None
         where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(*where, is_master=False, timeout=timedelta(seconds=self.seconds))
-        return dist.PrefixStore(f"watchdog {self.engine.meeting}", store)
+        store = TCPStore(*where, is_master=False, timeout=timedelta(seconds=self.seconds))
+        return PrefixStore(f"watchdog {self.engine.meeting}", store)
 
     def _tell(self) -> None:
         file = self.folder / "stalls" / f"rank-{self.engine.rank}.txt"
@@ -79,7 +80,7 @@ class Watchdog:
         print(f"[{self.name}] {_position(json.dumps([self.name, *self._at]))}; tracebacks: {file}", file=sys.stderr)
 
 
-def _tell_of_all(store: dist.Store, world: int) -> None:
+def _tell_of_all(store: Store, world: int) -> None:
     lines = []
     for rank in range(world):
         key = f"stands {rank}"
