@@ -109,7 +109,7 @@ def both(checkout: Path | None, length: int, dropout: float = 0.0) -> tuple[GPTM
     return model, peer
 
 
-def copy_weights(model: GPTModel, peer: Any) -> None:
+def copy_weights(model: Any, peer: Any) -> None:
     """Give the seed's model our weights; its start token is the one behind the codes, which it never draws."""
     body, inputs = peer.transformer, model.inputs
     body.wte.weight[:CODES] = model.head.weight
@@ -194,7 +194,7 @@ def peer_step(peer: Any, tokens: Tensor) -> Callable[[], None]:
     return step
 
 
-def check_equal(model: GPTModel, peer: Any, tokens: Tensor) -> None:
+def check_equal(model: Any, peer: Any, tokens: Tensor) -> None:
     """Raise AssertionError unless both sides give the same logits and gradients (but for the tied table's, and with the
     start token's logit left out)."""
     model.eval(), peer.eval()

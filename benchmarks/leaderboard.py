@@ -7,7 +7,8 @@ that its budget of CPU time on one thread allows; nothing else of its recipe is 
 called again, what is finished is not done again. On a GPU the budget is wall time, and --arena full takes the recipes
 of 32×256×256 in place of those of 8×32×32.
 
-Prints a table, and writes it with its figures and plots to --out: leaderboard.{json,md,png}, and samples.png of each family.
+Prints a table, and writes it with its figures and plots to --out: leaderboard.{json,md,png}; a family's samples.png is
+in its folder.
 """
 
 from __future__ import annotations

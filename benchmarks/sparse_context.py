@@ -1,6 +1,6 @@
 """Training a sparse GPT against the same GPT with full attention: 16×16×16 tokens, what a step costs, what it learns.
 
-    python -m benchmarks.sparse_context [--steps 200]
+    python -m benchmarks.sparse_context [--steps 100]
 
 Tokens are those of Flying MNIST in grey, 16 frames of 64×64: each 4×4 patch is one of 16 codes, which of its quarters
 are bright. Both models have 4 blocks of width 64 and 4 heads, and take turns: a step of one, a step of the other, on
@@ -43,7 +43,7 @@ MOST = 1.02
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
     steps: int = parser.parse_args().steps
     torch.set_num_threads(1)
 

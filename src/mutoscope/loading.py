@@ -42,17 +42,16 @@ def find_function(ref: str, *, trust_code: bool = False) -> Callable[[], Any] | 
 
     Raises as `load_recipe`.
     """
-    names = [info.name for info in list_recipes()]
-    if ref in names:
-        family, _, name = ref.partition(".")
-        function: Callable[[], Any] = getattr(importlib.import_module(f"mutoscope.recipes.{family}"), name)
+    modules = {info.name: info.module for info in list_recipes()}
+    if ref in modules:
+        function: Callable[[], Any] = getattr(importlib.import_module(modules[ref]), ref.partition(".")[2])
         return function
     file, dot_py, name = ref.partition(".py")
     if dot_py and (not name or name.startswith(":")):
         return _file_function(Path(f"{file}.py"), name[1:], trust_code)
     if ref.endswith(".toml") or Path(ref).is_dir():
         return None
-    hint = did_you_mean(ref, names, "; `mutoscope recipes` lists them")
+    hint = did_you_mean(ref, list(modules), "; `mutoscope recipes` lists them")
     raise ConfigError(f"{ref}: no such recipe, file or run directory{hint}")
 
 

@@ -302,7 +302,11 @@ def _sort_out(
     """
     items, broken, short = [], [], []
     shapes = data.shapes(1)
-    bucket_of = lru_cache(lambda *size: choose_bucket(*size, shapes, data.short))  # Most clips are of a few sizes.
+
+    @lru_cache  # Most clips are of a few sizes.
+    def bucket_of(frames: int, height: int, width: int) -> int | str:
+        return choose_bucket(frames, height, width, shapes, data.short)
+
     for clip, info in zip(clips, infos, strict=True):
         if isinstance(info, str):
             broken.append(Broken(id=clip.id, reason=info))

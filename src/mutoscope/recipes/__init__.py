@@ -1,4 +1,7 @@
-"""The built-in recipes: every function annotated ``-> Recipe`` in this folder. Nothing is registered anywhere."""
+"""The built-in recipes: every function annotated ``-> Recipe`` in this folder. Nothing is registered anywhere.
+
+A family is a file, or a folder of files where one would be too long.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ class RecipeInfo:
     """A built-in recipe, as its source describes it."""
 
     name: str
-    """``family.name``: function `name` of ``mutoscope/recipes/family.py``."""
+    """``family.name``: function `name` of ``mutoscope/recipes/family.py``, or of a file in the folder ``family``."""
+    module: str
+    """The module that holds the function."""
     summary: str
     """The first line of its docstring."""
     status: str
@@ -27,20 +32,24 @@ def list_recipes() -> list[RecipeInfo]:
 
     Reads their source and imports none: that would take torch, and seconds.
     """
-    found: dict[str, str] = {}
-    for file in Path(__file__).parent.glob("[!_]*.py"):
+    found: dict[str, tuple[str, str]] = {}
+    here = Path(__file__).parent
+    for file in here.rglob("[!_]*.py"):
+        path = file.relative_to(here).with_suffix("").parts
         body = ast.parse(file.read_text(encoding="utf-8")).body
         functions = [f for f in body if isinstance(f, ast.FunctionDef) and not f.name.startswith("_")]
         makers = [f for f in functions if f.returns is not None and returns_recipe(ast.unparse(f.returns))]
-        found |= {f"{file.stem}.{f.name}": ast.get_docstring(f) or "" for f in makers}
+        module = ".".join((__name__, *path))
+        found |= {f"{path[0]}.{f.name}": (module, ast.get_docstring(f) or "") for f in makers}
     return [
         RecipeInfo(
             name=name,
+            module=module,
             summary=next(iter(doc.splitlines()), ""),
             status=status[1] if (status := re.search(r"^Status:\s*(\w+)", doc, re.MULTILINE)) else "untested",
             tiny=f"{name}_tiny" if f"{name}_tiny" in found else None,
         )
-        for name, doc in sorted(found.items())
+        for name, (module, doc) in sorted(found.items())
     ]
 
 
