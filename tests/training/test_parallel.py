@@ -28,7 +28,8 @@ def spread(strategy: str, changes: dict[str, Any] | None = None, **parallel: Any
 @pytest.mark.parametrize(
     ("recipe", "told"),
     [
-        (spread("fsdp2", {"optim": Optim(name="came")}), "came looks at whole weights.*adamw or muon"),
+        (spread("fsdp2", {"optim": Optim(name="came")}), "came looks at whole weights.*take adamw"),
+        (spread("fsdp2", {"optim": Optim(name="muon")}), "muon looks at whole weights"),
         (spread("fsdp2", {"optim": Optim(name="adamw8bit")}), "adamw8bit looks at whole weights"),
         (spread("fsdp2", {"optim": Optim(name="prodigy", lr=1.0)}), "prodigy looks at whole weights"),
         (spread("fsdp2", {"optim": Optim(offload=True)}), 'parallel.offload = "all"'),
