@@ -10,7 +10,7 @@ import torch
 
 from mutoscope.cli import main
 from mutoscope.data.video import probe
-from mutoscope.estimate import estimate
+from mutoscope.estimate.step import estimate
 from mutoscope.loading import load_recipe
 from mutoscope.run import Run
 from mutoscope.sample import load_generator, sample_videos

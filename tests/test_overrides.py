@@ -64,7 +64,7 @@ def test_a_value_may_hold_spaces_and_signs() -> None:
         ("--steps 1.5 --compile maybe", ["recipe.steps: expected an integer, got '1.5'",
                                          "recipe.compile: expected true or false, got 'maybe'"]),
         ("--sampler.method eulr", ["recipe.sampler.method: expected one of 'euler', 'heun', 'ddim', "
-                                   "got 'eulr'; did you mean euler?"]),
+                                   "'dpmpp_2m', 'ancestral', got 'eulr'; did you mean euler?"]),
         ("--model.depth 7", ["recipe.model: model.depth=7 must be even: factorised blocks come in pairs"]),
         ("--optim.betas 0.9", ["recipe.optim.betas: expected 2 values, got 1: [0.9]"]),
         ("--no-compile 3", ["--no-compile: takes no value, got 3"]),

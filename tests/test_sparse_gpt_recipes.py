@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mutoscope.cli import main
-from mutoscope.estimate import estimate
+from mutoscope.estimate.step import estimate
 from mutoscope.loading import load_recipe
 from mutoscope.models.sparse_context import Frames, Strided
 from mutoscope.models.sparse_gpt import SparseGPT

@@ -119,7 +119,7 @@ def test_ctrl_c_ends_at_once(how: signal.Signals, when: str, tmp_path: Path) -> 
         os.killpg(process.pid, how)  # As a terminal does: to all of them.
     else:
         os.kill(process.pid, how)
-    process.wait(timeout=5)
+    process.wait(timeout=15)
     until = time.monotonic() + 5
     while any(map(runs, pids.iterdir())) and time.monotonic() < until:
         time.sleep(0.02)

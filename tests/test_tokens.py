@@ -18,7 +18,7 @@ from mutoscope.data.dataset import to_pixels, to_uint8
 from mutoscope.data.flying_mnist import preset_named, render
 from mutoscope.data.store import LatentStore
 from mutoscope.data.video import probe, write_video
-from mutoscope.estimate import estimate
+from mutoscope.estimate.step import estimate
 from mutoscope.loading import load_recipe
 from mutoscope.recipe import Autoencoder, TokenSampler
 from mutoscope.run import Run

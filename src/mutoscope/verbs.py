@@ -9,7 +9,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -36,7 +36,8 @@ class Recipes:
 
         found = list_recipes()
         if self.json:
-            print(json.dumps([asdict(info) for info in found], indent=2, ensure_ascii=False))
+            listed = [{name: getattr(info, name) for name in ("name", "summary", "status", "tiny")} for info in found]
+            print(json.dumps(listed, indent=2, ensure_ascii=False))
             return
         twins = {info.tiny for info in found}
         shown = [info for info in found if info.name not in twins]

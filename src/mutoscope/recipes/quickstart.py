@@ -240,7 +240,7 @@ def text_to_video_tiny() -> Recipe:
 
 
 def tokenizer_tiny() -> Recipe:
-    """The patch-local tokenizer in seconds, on clips of 4 frames of 16×16 pixels: 2 × 4 × 4 tokens of 60 codes.
+    """The patch-local tokenizer in seconds: clips of 4×16×16 pixels to 2×4×4 tokens of 60 codes.
 
     Source: quickstart.tokenizer with all sizes cut down.
     Command: mutoscope train quickstart.tokenizer_tiny

@@ -78,13 +78,14 @@ def place(
         weights.move(model, device)
     elif move and not estimating:
         model.to(device)
-    if recipe.activation_checkpointing:
+    # Inside a compiled block, the recomputation leaves out by itself what the backward pass does not look at
+    inside = (recipe.compile and recipe.activation_checkpointing
+              and weights is None and not recipe.offload_activations)  # fmt: skip
+    if recipe.activation_checkpointing and not inside:
         chunk_feed_forwards(model)
-    inside = False
     if recipe.compile:
         # One compilation for each shape, and another without gradients: more are a mistake, and stop the run
         torch._dynamo.config.recompile_limit = max(8, 2 * len(recipe.data.shapes(1)) + 2)
-        inside = recipe.activation_checkpointing and weights is None and not recipe.offload_activations
         for block in blocks:  # innermost, where memory is moved: dynamo compiles nothing that does that
             forward = recomputed_inside(block.forward) if inside else block.forward
             block.forward = torch.compile(forward, dynamic=False, fullgraph=True)

@@ -138,7 +138,7 @@ def mamba_tiny() -> Recipe:
 
 
 def sparse_gpt() -> Recipe:
-    """GPT over all 32,768 tokens of a clip of minisora.vqvae, each of which sees the 128 nearest known ones.
+    """GPT over all 32,768 tokens of a clip of minisora.vqvae, each sees the 128 nearest known ones.
 
     Source: minisora's README, train_latent_mdgpt.py --block_size 512 --sparse_block_size 512 --num_latent_frames 8
     --batch_size 8 --gradient_accumulation_steps 4 --use_1d_pos_emb --only_predict_last, with the script's other
