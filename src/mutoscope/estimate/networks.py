@@ -93,7 +93,7 @@ def _run(
     model = _part(whole, resident, offloaded)
     tracker = Tracker(device)
     with fake, torch.random.fork_rng(devices=[]):
-        _make_fake(model)
+        make_fake(model)
         run(replace(recipe, offload_blocks=offloaded), model, tracker)
     return tracker.account
 
@@ -110,7 +110,7 @@ def _part(whole: nn.Module, resident: int, offloaded: int) -> nn.Module:
     return model
 
 
-def _make_fake(model: nn.Module) -> None:
+def make_fake(model: nn.Module) -> None:
     """Put fake tensors on the CPU in the place of shapes."""
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):

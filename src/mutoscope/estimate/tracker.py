@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from mutoscope.estimate.allocator import Block, CachingAllocator
 from mutoscope.training.copies import AHEAD, Copies, Copy
 
 aten = torch.ops.aten
@@ -67,10 +68,14 @@ class Tracker(TorchDispatchMode):
     """Counts the bytes of living storages by part and segment, and FLOPs by phase.
 
     A storage is an activation until `tell` tells otherwise; what is computed from host memory stays there.
+
+    allocator: told of every storage that is not on the host, as it comes and goes, to know what would be reserved.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, allocator: CachingAllocator | None = None) -> None:
         super().__init__()
+        self.allocator = allocator
+        self._blocks: dict[int, Block | None] = {}
         self.account = Account()
         self.segment = ""
         self.device = device
@@ -100,6 +105,7 @@ class Tracker(TorchDispatchMode):
                 self._count(part, size)
                 if part == HOST:
                     self._hosts.add(key)
+                    self._release(key)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -160,6 +166,8 @@ class Tracker(TorchDispatchMode):
             self._storages[key] = weakref.ref(storage, lambda _: self._freed(key)), size, part
             if part == HOST:
                 self._hosts.add(key)
+            elif self.allocator is not None:
+                self._blocks[key] = self.allocator.malloc(size)
             self._count(part, size)
             self._note_peak()
         return key
@@ -178,6 +186,11 @@ class Tracker(TorchDispatchMode):
         _, size, part = self._storages.pop(key)
         self._hosts.discard(key)
         self._count(part, -size)
+        self._release(key)
+
+    def _release(self, key: int) -> None:
+        if self.allocator is not None and key in self._blocks:
+            self.allocator.free(self._blocks.pop(key))
 
 
 class HostCopies(Copies):
