@@ -74,7 +74,7 @@ class Tracker(TorchDispatchMode):
 
     def __init__(self, device: Device, allocator: CachingAllocator | None = None) -> None:
         super().__init__()
-        self.allocator = allocator
+        self._allocator = allocator
         self._blocks: dict[int, Block | None] = {}
         self.account = Account()
         self.segment = ""
@@ -166,8 +166,8 @@ class Tracker(TorchDispatchMode):
             self._storages[key] = weakref.ref(storage, lambda _: self._freed(key)), size, part
             if part == HOST:
                 self._hosts.add(key)
-            elif self.allocator is not None:
-                self._blocks[key] = self.allocator.malloc(size)
+            elif self._allocator is not None:
+                self._blocks[key] = self._allocator.malloc(size)
             self._count(part, size)
             self._note_peak()
         return key
@@ -189,8 +189,8 @@ class Tracker(TorchDispatchMode):
         self._release(key)
 
     def _release(self, key: int) -> None:
-        if self.allocator is not None and key in self._blocks:
-            self.allocator.free(self._blocks.pop(key))
+        if self._allocator is not None and key in self._blocks:
+            self._allocator.free(self._blocks.pop(key))
 
 
 class HostCopies(Copies):
