@@ -7,8 +7,8 @@ that its budget of CPU time on one thread allows; nothing else of its recipe is 
 called again, what is finished is not done again. On a GPU the budget is wall time, and --arena full takes the recipes
 of 32×256×256 in place of those of 8×32×32.
 
-Prints a table, and writes it with its figures and plots to --out: leaderboard.{json,md,png}; a family's samples.png is
-in its folder.
+Prints a table, and writes it with its figures and plots to --out: leaderboard.{json,md,png}, and samples.png, what each
+family draws for the ten digits.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
+from PIL import Image
 
 from benchmarks.harness import table
 from mutoscope.build import build_model
@@ -192,6 +194,7 @@ def show(rows: dict[str, dict[str, float]], out: Path) -> None:
     lines = [" | ".join(row) for row in [header, ["---"] * len(header), *cells]]
     (out / "leaderboard.md").write_text("\n".join(f"| {line} |" for line in lines) + "\n")
     _plot(rows, order, out / "leaderboard.png", out)
+    _samples(order, out)
 
 
 def _plot(rows: dict[str, dict[str, float]], order: Sequence[str], path: Path, out: Path) -> None:
@@ -216,6 +219,18 @@ def _plot(rows: dict[str, dict[str, float]], order: Sequence[str], path: Path, o
     axes[1, 1].title.set_fontsize(10)
     axes[1, 1].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def _samples(order: Sequence[str], out: Path) -> None:
+    """What the families draw, beside each other: a row of frames for each digit."""
+    figure = Figure(figsize=(3.2 * len(order), 4.2), layout="constrained")
+    for ax, name in zip(np.atleast_1d(figure.subplots(1, len(order))), order, strict=True):
+        picture = out / name.replace(" ", "_") / "samples.png"
+        ax.axis("off")
+        if picture.exists():
+            ax.imshow(np.asarray(Image.open(picture)), interpolation="nearest")
+            ax.set_title(name, fontsize=10)
+    figure.savefig(out / "samples.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def test_levers_come_cheapest_first_until_it_fits(recipe: Recipe) -> None:
         assert told.steps[-2].peak > 0.45 * peak
 
 
+@pytest.mark.slow
 def test_what_can_never_fit_says_so() -> None:
     text = describe(DIT, 100)
     assert "nothing gets it below" in text and "--data.frames 4 needs" in text
