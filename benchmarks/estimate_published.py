@@ -7,10 +7,10 @@ before, AdamW) print `torch.cuda.max_memory_reserved` in GiB: not what lives in 
 but what torch's allocator has taken for them. So a training is run on fake tensors, with all blocks, and a simulation
 of that allocator (`estimate/allocator.py`) is told of each tensor as it comes and goes.
 
-What is run is their setting, not ours: adapters and their moments in bf16 over bf16 weights, full tuning over fp32
-weights (their own figures before training say so: 20.8 GiB for 5.57 billion weights), autocast around either, so that
-norms come out in fp32 and weights are cast once more; torch's AdamW, which needs another copy of all weights for a
-moment, or bitsandbytes', which needs nothing; no chunked feed-forward layers.
+What is run is their setting, not ours: fp32 adapters over bf16 weights, full tuning over fp32 weights (their own
+figures before training say so: 5b's with ranks 16, 64 and 256 are met to 2 MiB, and would not be with bf16 adapters),
+autocast around either, so that norms come out in fp32 and weights are cast once more; torch's AdamW, which needs
+another copy of all weights for a moment, or bitsandbytes', which needs nothing; no chunked feed-forward layers.
 
     before training    the text encoder, the transformer and the autoencoder, one after another. The first and the last
                        go before the first step, and the cache is emptied.
@@ -53,6 +53,7 @@ from mutoscope.loading import load_recipe
 from mutoscope.models.cogvideox import CogVideoX
 from mutoscope.recipe import Autoencoder, Lora, Recipe
 from mutoscope.text.t5 import T5
+from mutoscope.training.lora import NAME, lora_layers
 from mutoscope.training.offload import recomputed
 from mutoscope.training.per_parameter import PerParameter
 from mutoscope.training.update_rules import adamw
@@ -142,7 +143,7 @@ def estimated(row: Row, steps: int = STEPS) -> Estimated:
     """What this row of the table would be, of a training of so many steps."""
     recipe = setting(row)
     model = shapes_of(recipe)
-    theirs(model, row)
+    theirs(model)
     allocator = CachingAllocator()
     tracker = Tracker("cuda", allocator)
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
@@ -178,11 +179,14 @@ def setting(row: Row) -> Recipe:
     return recipe.model.complete(recipe)
 
 
-def theirs(model: nn.Module, row: Row) -> None:
-    """Adapters in bf16, as PEFT makes them."""
-    for p in model.parameters():
-        if p.requires_grad and row.rank:
-            p.data = p.data.to(torch.bfloat16)
+def theirs(model: nn.Module) -> None:
+    """Adapters as PEFT has them: fp32 linear layers, to whose precision their input is taken first."""
+    for _, layer in lora_layers(model):
+        layer.cast_input_dtype_enabled = True
+        for linears in (layer.lora_A, layer.lora_B):
+            ours = linears[NAME]
+            linears[NAME] = nn.Linear(ours.in_features, ours.out_features, bias=False, device="meta")
+            linears[NAME].weight = ours.weight
 
 
 def text_encoder(recipe: Recipe) -> list[Tensor]:

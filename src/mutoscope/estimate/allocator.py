@@ -99,7 +99,7 @@ class CachingAllocator:
     def _found(self, size: int) -> Block:
         small = size <= SMALL
         blocks = self._free[small]
-        i = bisect_left(blocks, (size,))  # type: ignore[arg-type]  # shorter tuples come first
+        i = bisect_left(blocks, (size,))
         if i < len(blocks):
             block = blocks.pop(i)[2]
             block.free = False
@@ -117,7 +117,7 @@ class CachingAllocator:
 
     def _take(self, block: Block) -> None:
         blocks = self._free[block.small]
-        del blocks[bisect_left(blocks, (block.size, block.address))]  # type: ignore[arg-type]
+        del blocks[bisect_left(blocks, (block.size, block.address))]
         block.free = False
 
 
