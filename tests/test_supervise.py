@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,7 @@ def test_threads() -> None:
 
 SCRIPT = """
 import os, sys, time
+from functools import partial
 from pathlib import Path
 from mutoscope.supervise import supervise
 
@@ -111,7 +113,9 @@ def test_ctrl_c_ends_at_once(how: signal.Signals, when: str, tmp_path: Path) -> 
     script.write_text(SCRIPT)
     pids.mkdir()
     command = [sys.executable, str(script), str(pids), when]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # A suite that was started in the background ignores Ctrl-C, and would hand that down
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed)
     while len(list(pids.iterdir())) < 2:
         assert process.poll() is None
         time.sleep(0.02)
