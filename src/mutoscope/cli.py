@@ -13,8 +13,9 @@ import tyro
 
 from mutoscope import __version__
 from mutoscope.errors import ConfigError, did_you_mean
+from mutoscope.on_recipe import OnRecipe
 from mutoscope.training.signals import Stopped
-from mutoscope.verbs import VERBS, OnRecipe
+from mutoscope.verbs import VERBS
 
 MISTAKES = (ValueError, FileNotFoundError, FileExistsError)
 """What a user can put right: told in a line, without a traceback."""

@@ -1,15 +1,19 @@
-"""The verbs that work on clips alone: `mutoscope data ...`. As in `verbs.py`, imports wait until they are needed."""
+"""The verbs about clips and stores, `mutoscope data ...`. As in `verbs.py`, imports wait until they are needed."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+from mutoscope.errors import ConfigError
+from mutoscope.on_recipe import OnRecipe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -261,3 +265,53 @@ def _console() -> Console:
 def _has_folder(out: Path) -> None:
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportNpy(OnRecipe):
+    """Make a store of the latents (N, C, T, H, W) or tokens (N, T, H, W) in minisora's .npy files."""
+
+    file: Path
+    """The .npy file, made by the recipe's autoencoder from clips of the recipe's size."""
+    out: Path
+    """The store."""
+
+    def run(self, flags: Sequence[str]) -> None:
+        from mutoscope.autoencoders.pretrained import load_autoencoder
+        from mutoscope.build import latent_spec
+        from mutoscope.data.npy import import_npy
+        from mutoscope.data.store import transform_of
+        from mutoscope.weights import hash_weights
+
+        recipe = self.load(flags)
+        if recipe.autoencoder is None:
+            raise ConfigError(
+                "recipe.autoencoder: none; latents and tokens mean nothing without the one that made them"
+            )
+        store = import_npy(
+            self.file,
+            self.out,
+            spec=latent_spec(recipe.autoencoder),
+            autoencoder_hash=hash_weights(load_autoencoder(recipe.autoencoder, trust_code=self.trusts)),
+            transform=transform_of(recipe.data),
+        )
+        print(f"{len(store)} clips; to train on them: mutoscope train {self.recipe} --data.latents {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportNpy:
+    """Write a store's latents or tokens as a .npy file, as minisora's scripts read them."""
+
+    store: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
+    """The store."""
+    file: Path
+    """The .npy file."""
+    split: str = "train"
+    """train or val."""
+
+    def run(self) -> None:
+        from mutoscope.data.npy import export_npy
+        from mutoscope.data.store import LatentStore
+
+        export_npy(LatentStore(self.store), self.file, self.split)
+        print(self.file)

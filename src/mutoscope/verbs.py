@@ -9,19 +9,19 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from mutoscope.data_verbs import Check, FindCuts, MakeClips, MakeFlyingMNIST, Stats
+from mutoscope.data_verbs import Check, ExportNpy, FindCuts, ImportNpy, MakeClips, MakeFlyingMNIST, Stats
 from mutoscope.errors import ConfigError
+from mutoscope.on_recipe import OnRecipe
 from mutoscope.workers import worker_context
 
 if TYPE_CHECKING:
-    from mutoscope.recipe import Recipe
+    pass
 
 
 @dataclass(frozen=True)
@@ -45,45 +45,6 @@ class Recipes:
         for info in shown:
             tiny = " (+ _tiny)" if info.tiny else ""
             print(f"{info.name:{width}}  {info.status:8}  {info.summary}{tiny}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnRecipe:
-    """What the verbs share that take a recipe, and the recipe's fields as options."""
-
-    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
-    """A built-in name (see `mutoscope recipes`), file.py:function, a recipe.toml, or a run directory."""
-    trust_code: bool = False
-    """Import the Python files that a recipe.toml or a run directory names. They can do whatever you can."""
-
-    def load(self, flags: Sequence[str]) -> Recipe:
-        """The recipe with the fields that `flags` set, validated."""
-        from mutoscope import factory_flags
-        from mutoscope.contradictions import validate
-        from mutoscope.loading import load_recipe
-        from mutoscope.overrides import override
-        from mutoscope.recipe import Recipe
-
-        if foreign := [*factory_flags.told(flags)]:
-            raise ConfigError(*foreign)
-        own, of_recipe = ([f"--{f.name}".replace("_", "-") for f in fields(cls)] for cls in (self, Recipe))
-        for flag in flags:
-            if (near := get_close_matches(flag, of_recipe + own, n=1)) and near[0] in own:
-                raise ConfigError(f"{flag}: no such option; did you mean {near[0]}?")
-        recipe = override(load_recipe(self.recipe, trust_code=self.trusts), flags)
-        validate(recipe)
-        return recipe
-
-    @property
-    def trusts(self) -> bool:
-        """Naming a Python file is asking for it to be run."""
-        return self.trust_code or ".py:" in self.recipe or self.recipe.endswith(".py")
-
-    @property
-    def name(self) -> str:
-        """minisora.dit, the function of file.py:function, or the name of the TOML file or run directory."""
-        path = Path(self.recipe)
-        return path.name if path.is_dir() else path.name.rpartition(".py:")[2].removesuffix(".toml")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,56 +110,6 @@ class Encode(OnRecipe):
         out = self.out or Path(recipe.data.latents or f"runs/{self.name}.latents")
         encode(recipe, out, workers=self.workers, trust_code=self.trusts)
         print(f"to train on them: mutoscope train {self.recipe} --data.latents {out}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportNpy(OnRecipe):
-    """Make a store of the latents (N, C, T, H, W) or tokens (N, T, H, W) in minisora's .npy files."""
-
-    file: Path
-    """The .npy file, made by the recipe's autoencoder from clips of the recipe's size."""
-    out: Path
-    """The store."""
-
-    def run(self, flags: Sequence[str]) -> None:
-        from mutoscope.autoencoders.pretrained import load_autoencoder
-        from mutoscope.build import latent_spec
-        from mutoscope.data.npy import import_npy
-        from mutoscope.data.store import transform_of
-        from mutoscope.weights import hash_weights
-
-        recipe = self.load(flags)
-        if recipe.autoencoder is None:
-            raise ConfigError(
-                "recipe.autoencoder: none; latents and tokens mean nothing without the one that made them"
-            )
-        store = import_npy(
-            self.file,
-            self.out,
-            spec=latent_spec(recipe.autoencoder),
-            autoencoder_hash=hash_weights(load_autoencoder(recipe.autoencoder, trust_code=self.trusts)),
-            transform=transform_of(recipe.data),
-        )
-        print(f"{len(store)} clips; to train on them: mutoscope train {self.recipe} --data.latents {self.out}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportNpy:
-    """Write a store's latents or tokens as a .npy file, as minisora's scripts read them."""
-
-    store: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
-    """The store."""
-    file: Path
-    """The .npy file."""
-    split: str = "train"
-    """train or val."""
-
-    def run(self) -> None:
-        from mutoscope.data.npy import export_npy
-        from mutoscope.data.store import LatentStore
-
-        export_npy(LatentStore(self.store), self.file, self.split)
-        print(self.file)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,9 @@ captions. What they are given at each position is in `token_inputs.py`, what the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -65,19 +67,7 @@ class GPTModel(nn.Module):
         self.blocks = nn.ModuleList(GPTBlock(config, io.text_dim) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, vocab, bias=False)
-        self._init_weights()
-
-    def _init_weights(self) -> None:
-        """GPT-2's 0.02, and zero for whatever ends a residual branch or the network: at first, all codes are alike."""
-        for block in self.blocks:
-            assert isinstance(block, GPTBlock)
-            for module in block.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.normal_(module.weight, std=0.02)
-                    nn.init.zeros_(module.bias)
-            for end in (block.attention.out, block.mlp.down, *([block.cross.out] if block.cross is not None else [])):
-                nn.init.zeros_(end.weight)
-        nn.init.zeros_(self.head.weight)
+        init_weights(self.blocks, self.head)
 
     def forward(
         self,
@@ -98,6 +88,19 @@ class GPTModel(nn.Module):
             cache.length += positions.shape[1]
         logits: Tensor = self.head(self.norm(x))
         return logits
+
+
+def init_weights(blocks: Iterable[Any], head: nn.Linear) -> None:
+    """GPT-2's 0.02, and zero for whatever ends a residual branch (of blocks with `attention`, `cross` and `mlp`) or the
+    network: at first, all codes are alike."""
+    for block in blocks:
+        for module in block.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        for end in (block.attention.out, block.mlp.down, *([block.cross.out] if block.cross is not None else [])):
+            nn.init.zeros_(end.weight)
+    nn.init.zeros_(head.weight)
 
 
 class GPTBlock(nn.Module):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mutoscope.models.gpt import init_weights
 from mutoscope.models.kv_cache import KeyValues
 from mutoscope.models.layers import MLP, Attention, scaled_dot_product_attention
 from mutoscope.models.sparse_context import (
@@ -89,19 +90,7 @@ class SparseGPTModel(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, vocab, bias=False)
         self.tiles: dict[Grid, Tiles] = {}
-        self._init_weights()
-
-    def _init_weights(self) -> None:
-        """As GPT's."""
-        for block in self.blocks:
-            assert isinstance(block, SparseBlock)
-            for module in block.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.normal_(module.weight, std=0.02)
-                    nn.init.zeros_(module.bias)
-            for end in (block.attention.out, block.mlp.down, *([block.cross.out] if block.cross is not None else [])):
-                nn.init.zeros_(end.weight)
-        nn.init.zeros_(self.head.weight)
+        init_weights(self.blocks, self.head)
 
     def forward(
         self,
