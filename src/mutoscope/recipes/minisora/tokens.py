@@ -93,22 +93,14 @@ def mamba() -> Recipe:
     Expected result: the seed published no figures ("quality is low").
     Status: untested
     """
-    return Recipe(
-        data=FULL,
-        autoencoder=Autoencoder(path="runs/vqvae", recipe="minisora.vqvae"),
-        text=HashedWords(max_length=80),
+    return replace(
+        gpt(),
         model=Mamba(version=1, depth=32, width=1280, state=16, chunk=2048),
         objective=NextToken(),
-        sampler=TokenSampler(top_k=100),
         optim=Optim(lr=5e-4, betas=(0.9, 0.99), weight_decay=0.1, warmup_steps=100),
-        steps=50_000,
         batch_size=1,
-        precision="bf16",
+        accumulate=1,
         log_every=20,
-        validate_every=2000,
-        sample_every=10_000,
-        save_every=2000,
-        num_samples=2,
     )
 
 
@@ -119,22 +111,8 @@ def mamba_tiny() -> Recipe:
     Command: mutoscope train minisora.mamba_tiny --out runs/mamba_tiny
     Status: verified
     """
-    return replace(
-        mamba(),
-        data=replace(TINY, frames=8, short="loop"),
-        autoencoder=Autoencoder(path="untrained://", recipe="minisora.vqvae_tiny"),
-        text=HashedWords(width=16, max_length=8),
-        model=Mamba(version=1, depth=2, width=32, state=4, chunk=12),
-        optim=Optim(lr=1e-3, warmup_steps=5),
-        precision="fp32",
-        steps=20,
-        batch_size=4,
-        log_every=5,
-        validate_every=10,
-        sample_every=10,
-        save_every=10,
-        num_samples=4,
-    )
+    model = Mamba(version=1, depth=2, width=32, state=4, chunk=12)
+    return replace(gpt_tiny(), model=model, objective=NextToken())
 
 
 def sparse_gpt() -> Recipe:
