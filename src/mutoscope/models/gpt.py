@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mutoscope.models.kv_cache import KeyValues
-from mutoscope.models.layers import MLP, Attention
+from mutoscope.models.layers import MLP, Attention, Dropout
 from mutoscope.models.token_inputs import Positions, TokenInputs, positions_of, token_shapes
 from mutoscope.recipe import ModelConfig
 from mutoscope.types import Cond, ModelIO, TokenCache
@@ -63,7 +63,7 @@ class GPTModel(nn.Module):
         self.inputs = TokenInputs(
             config.width, vocab, self.grid, io.num_labels, positions=config.positions, neighbours=config.neighbours
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(GPTBlock(config, io.text_dim) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, vocab, bias=False)
@@ -115,7 +115,7 @@ class GPTBlock(nn.Module):
         self.cross = Attention(width, heads, context_width=text_dim, qk_norm=norm) if text_dim else None
         self.norm2 = nn.LayerNorm(width)
         self.mlp = MLP(width, int(config.mlp_ratio * width))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,

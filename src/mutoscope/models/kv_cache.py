@@ -35,8 +35,9 @@ class KeyValues:
         kept_k, kept_v = (self._ring(name, like) for name, like in (("keys", k), ("values", v)))
         if n == 1:
             slot, held = start % self.capacity, min(start + 1, self.capacity)
-            kept_k[:, :, slot], kept_v[:, :, slot] = k[:, :, 0], v[:, :, 0]
-            return kept_k[:, :, :held], kept_v[:, :, :held], None, False
+            kept_k.narrow(2, slot, 1).copy_(k)  # indexing would take longer than the copy
+            kept_v.narrow(2, slot, 1).copy_(v)
+            return kept_k.narrow(2, 0, held), kept_v.narrow(2, 0, held), None, False
 
         mask, causal = None, start == 0 and n <= self.capacity
         seen_k, seen_v, old = k, v, min(start, self.capacity)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mutoscope.models.gpt import init_weights
 from mutoscope.models.kv_cache import KeyValues
-from mutoscope.models.layers import MLP, Attention, scaled_dot_product_attention
+from mutoscope.models.layers import MLP, Attention, Dropout, scaled_dot_product_attention
 from mutoscope.models.sparse_context import (
     Frames,
     Grid,
@@ -85,7 +85,7 @@ class SparseGPTModel(nn.Module):
         self.inputs = TokenInputs(
             config.width, vocab, self.grid, io.num_labels, positions=config.positions, neighbours=config.neighbours
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(SparseBlock(config, io.text_dim) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, vocab, bias=False)
@@ -146,7 +146,7 @@ class SparseBlock(nn.Module):
         self.cross = Attention(width, heads, context_width=text_dim) if text_dim else None
         self.norm2 = nn.LayerNorm(width)
         self.mlp = MLP(width, int(config.mlp_ratio * width))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,
