@@ -28,7 +28,6 @@ import torch
 
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 from PIL import Image
 
 from benchmarks.harness import table
@@ -209,8 +208,6 @@ def _plot(rows: dict[str, dict[str, float]], order: Sequence[str], path: Path, o
         ax.barh(list(order)[::-1], [rows[name][key] for name in order][::-1], color="#4a7ab5")
         ax.set_title(title, fontsize=10)
     axes[0, 0].axvline(0.8, color="#888", lw=0.8, ls="--")
-    axes[1, 0].set_xscale("log")
-    axes[1, 0].xaxis.set_minor_formatter(NullFormatter())
     for name in order:
         points = [(m["step"], m["loss"]) for m in Run(out / name.replace(" ", "_") / "run").metrics() if "loss" in m]
         if points:
