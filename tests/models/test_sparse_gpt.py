@@ -95,7 +95,8 @@ def test_attention_is_relative_in_space_and_time() -> None:
     q, k = torch.randn(2, 1, 1, 16, generator=torch.Generator().manual_seed(0))
 
     def dots(own: list[int], token: list[int]) -> Tensor:
-        turned = lambda y, place: attention._turned(y, attention.query_scale, torch.tensor([[place]]).float())
+        turns = lambda place: attention._turns(torch.tensor([[place]]).float(), torch.float32)
+        turned = lambda y, place: attention._turned(y, attention.query_scale, turns(place))
         return (turned(q, own) * turned(k, token)).sum(-1)
 
     near = dots([2, 3, 4], [1, 5, 4])
@@ -144,15 +145,16 @@ def test_tiles_are_attention_one_by_one_and_so_are_their_gradients(context: Cont
     attention: Any = model.blocks[0].attention
     positions = torch.arange(TOTAL)[None]
     own, token = places(positions, GRID), places(positions - 1, GRID)
+    both = places(torch.arange(-1, TOTAL)[None], GRID)
     split = lambda y: y.unflatten(-1, (2, -1))
 
     def one_by_one(x: Tensor) -> Tensor:
-        q = attention._turned(attention.query(x), attention.query_scale, own)
-        k = attention._turned(attention.key(x), attention.key_scale, token)
+        q = attention._turned(attention.query(x), attention.query_scale, attention._turns(own, x.dtype))
+        k = attention._turned(attention.key(x), attention.key_scale, attention._turns(token, x.dtype))
         return attention.out(attend_kept(q, k, split(attention.value(x)), reads).flatten(2))
 
     results = []
-    for run in (one_by_one, lambda x: attention(x, own, token, model._sight(positions, GRID, None))):
+    for run in (one_by_one, lambda x: attention(x, both, model._sight(positions, GRID, None))):
         y = run(x)
         weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.dtype)
         results.append([y, *torch.autograd.grad((y * weights).sum(), [x, *attention.parameters()], retain_graph=True)])

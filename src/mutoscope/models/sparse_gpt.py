@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor, nn
 
 from mutoscope.models.gpt import init_weights
@@ -104,11 +104,11 @@ class SparseGPTModel(nn.Module):
         grid, total = (tokens.shape[1], tokens.shape[2], tokens.shape[3]), tokens[0].numel()
         positions = positions_of(start, length, total, tokens)
         x = self.dropout(self.inputs(tokens, cond, positions))
-        own, token = places(positions, grid), places(positions - 1, grid)
+        place = places(torch.cat([positions[:, :1] - 1, positions], dim=1), grid)
         sight = self._sight(positions, grid, cache)
         for i, block in enumerate(self.blocks):
             kept = None if cache is None else KeyValues(cache, f"block{i}", total)
-            x = block(x, own, token, sight, cond.text, cond.text_mask, kept)
+            x = block(x, place, sight, cond.text, cond.text_mask, kept)
         if cache is not None:
             cache.length += positions.shape[1]
         logits: Tensor = self.head(self.norm(x))
@@ -151,15 +151,14 @@ class SparseBlock(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n d"],
-        own: Float[Tensor, "#b n 3"],
-        token: Float[Tensor, "#b n 3"],
+        place: Float[Tensor, "#b n1 3"],
         sight: Tiles | Reads | Bool[Tensor, "b 1 n n"],
         text: Float[Tensor, "b l e"] | None = None,
         text_mask: Tensor | None = None,
         kept: KeyValues | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """own, token: places of the positions and of the tokens before them, which their states hold."""
-        x = x + self.dropout(self.attention(self.norm1(x), own, token, sight, kept))
+        """place: of the position before the first, and of all n."""
+        x = x + self.dropout(self.attention(self.norm1(x), place, sight, kept))
 
         if self.cross is not None and self.norm_cross is not None and text is not None and text_mask is not None:
             cross, words = self.cross, text.to(x.dtype)
@@ -188,16 +187,20 @@ class SparseAttention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n d"],
-        own: Float[Tensor, "#b n 3"],
-        token: Float[Tensor, "#b n 3"],
+        place: Float[Tensor, "#b n1 3"],
         sight: Tiles | Reads | Bool[Tensor, "b 1 n n"],
         kept: KeyValues | None = None,
     ) -> Float[Tensor, "b n d"]:
+        """place: of the position before the first, and of all n. A position asks from its own place; what it holds, the
+        token before it, is found at that token's."""
+        along = 1
         if isinstance(sight, Tiles):  # keys are gathered by position, which so is the first axis
-            x, own, token = (y.transpose(0, 1).contiguous() for y in (x, own, token))
+            x, place, along = x.transpose(0, 1).contiguous(), place.transpose(0, 1).contiguous(), 0
         v = self.value(x).unflatten(-1, (self.heads, -1))
-        q = self._turned(self.query(x), self.query_scale, own).to(v.dtype)
-        k = self._turned(self.key(x), self.key_scale, token).to(v.dtype)
+        turns = self._turns(place, torch.promote_types(x.dtype, torch.float32))
+        n = x.shape[along]
+        q = self._turned(self.query(x), self.query_scale, turns.narrow(along, 1, n)).to(v.dtype)
+        k = self._turned(self.key(x), self.key_scale, turns.narrow(along, 0, n)).to(v.dtype)
         if isinstance(sight, Tiles):
             y = attend_tiles(q, k, v, sight).transpose(0, 1)
         elif isinstance(sight, Reads):
@@ -209,19 +212,20 @@ class SparseAttention(nn.Module):
             y = scaled_dot_product_attention(q, k, v, sight).transpose(1, 2)
         return self.out(y.flatten(2))
 
+    def _turns(self, place: Float[Tensor, "#b #n 3"], dtype: torch.dtype) -> Complex[Tensor, "#b #n heads e2"]:
+        """The place times the frequencies, as unit numbers; in no less than fp32, as far places turn often."""
+        with torch.autocast(place.device.type, enabled=False):
+            angle = place.to(dtype) @ self.frequencies.to(dtype).flatten(0, 1).T
+        angle = angle.unflatten(-1, (self.heads, -1))
+        return torch.complex(angle.cos(), angle.sin())
+
     def _turned(
-        self, y: Float[Tensor, "b n d"], scale: Float[Tensor, "e"], place: Float[Tensor, "#b #n 3"]
+        self, y: Float[Tensor, "b n d"], scale: Float[Tensor, "e"], turns: Complex[Tensor, "#b #n heads e2"]
     ) -> Float[Tensor, "b n heads e"]:
-        """Normalised and, pair by pair, turned by the place times the frequencies; in no less than fp32, as far places
-        turn often."""
+        """Normalised and turned, pair by pair."""
         y = y.unflatten(-1, (self.heads, -1))
-        y = F.layer_norm(y, scale.shape, scale.to(y.dtype), eps=1e-6)
-        y = y.to(torch.promote_types(y.dtype, torch.float32))
-        with torch.autocast(y.device.type, enabled=False):
-            angle = place.to(y.dtype) @ self.frequencies.to(y.dtype).flatten(0, 1).T
-            angle = angle.unflatten(-1, (self.heads, -1))
-            turn = torch.polar(torch.ones_like(angle), angle)
-            return torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+        y = F.layer_norm(y, scale.shape, scale.to(y.dtype), eps=1e-6).to(turns.real.dtype)
+        return torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (-1, 2))) * turns).flatten(-2)
 
 
 def attend_tiles(
