@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import dying
 import numpy as np
 import pytest
 import torch
@@ -19,12 +20,15 @@ from tiny_runs import KL, make_recipe, make_run
 from torch import Tensor
 
 from mutoscope import encode as encode_job
+from mutoscope import encode_shards
 from mutoscope.autoencoders.pretrained import load_autoencoder
 from mutoscope.data.dataset import VideoDataset
+from mutoscope.data.places import Place
 from mutoscope.data.shards import ShardWriter, StoreError
 from mutoscope.data.store import LatentStore
 from mutoscope.data.video import write_video
 from mutoscope.encode import encode
+from mutoscope.encode_shards import TRIES
 from mutoscope.encoder import Encoder, open_source
 from mutoscope.recipe import Recipe
 from mutoscope.types import NO_LABEL
@@ -95,7 +99,7 @@ def test_what_cannot_be_encoded_is_refused_before_work_begins(tmp_path: Path) ->
     (tmp_path / "store" / "thesis.tex").touch()
     with pytest.raises(StoreError, match=r"holds other things \(thesis.tex\)"):
         encode(recipe, tmp_path / "store", progress=False)
-    with encode_job._locked(tmp_path / "busy"), pytest.raises(StoreError, match="another process is encoding"):
+    with Place.of(tmp_path / "busy").held(print), pytest.raises(ValueError, match="another process is encoding"):
         encode(recipe, tmp_path / "busy", progress=False)
 
 
@@ -269,13 +273,38 @@ def test_latents_that_overflow_are_named(tmp_path: Path, monkeypatch: pytest.Mon
         encode(recipe, tmp_path / "store", progress=False)
 
 
-def die(*arguments: object) -> None:
-    os._exit(9)
+def test_the_shard_of_a_worker_that_dies_goes_to_another(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, store = make_recipe(tmp_path), tmp_path / "store"
+    encode(recipe, tmp_path / "whole", progress=False)
+    monkeypatch.setattr(encode_shards, "ShardEncoder", dying.Dying)
+    dying.set_deaths(store, TRIES - 1)
+    encode(recipe, store, workers=2, progress=False)
+    assert files_of(store) == files_of(tmp_path / "whole")
+    assert len(dying.encoded(store)) == len(set(dying.encoded(store))) == 64  # what was finished is not done again
+    assert "1 shards lost their worker, and go to another" in capsys.readouterr().err
 
 
-def test_a_worker_that_dies_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode_job, "_work", die)
-    with pytest.raises(RuntimeError, match="a worker process ended with exit code 9"):
+def test_a_shard_over_which_workers_die_is_named(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, store = make_recipe(tmp_path), tmp_path / "store"
+    dying.set_deaths(store, 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_shards, "ShardEncoder", dying.Dying)
+        with pytest.raises(StoreError, match=r"3 workers have died over each of 1 shards:\n  shard 00001, first clip that "
+                           r"is not stored: .*/\d+: the process that worked on it died: Killed \(signal 9\)"):  # fmt: skip
+            encode(recipe, store, workers=2, progress=False)
+    assert len(set(dying.encoded(store))) == 54 + 5 + 2  # a clip more for each worker, and the other shards
+    assert len(encode(recipe, store, progress=False)) == 64
+
+
+def test_workers_that_all_die_are_not_started_for_ever(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode_shards, "ShardEncoder", dying.Doomed)
+    with pytest.raises(StoreError, match=r"(?s)each of 7 shards:.*exit code 7.*not begun"):
         encode(make_recipe(tmp_path), tmp_path / "store", workers=1, progress=False)
 
 
@@ -289,5 +318,5 @@ def test_what_a_worker_raises_is_raised(tmp_path: Path) -> None:
         pytest.raises(StoreError, match="another process is writing this shard") as caught,
     ):
         encode(recipe, tmp_path / "store", workers=1, progress=False)
-    assert "in encode_shards" in caught.value.__notes__[0]  # where, for --debug
+    assert "in shard_writer" in caught.value.__notes__[0]  # where, for --debug
     assert len(encode(recipe, tmp_path / "store", progress=False)) == 64  # as the cure of a damaged shard says

@@ -43,9 +43,9 @@ def test_crashes_and_hangs_are_lost_alone() -> None:
     jobs = ["job 1", "die 11", "hang", "job 2", "die 9", "exit 3", "slow", *(f"job {n}" for n in range(3, 9))]
     found = dict(supervise(work, jobs, 2, 0.7))
     assert sorted(found) == sorted(jobs)
-    assert found["die 11"] == Lost("the process that read it died: Segmentation fault (signal 11)")
-    assert found["die 9"] == Lost("the process that read it died: Killed (signal 9); out of memory?")
-    assert found["exit 3"] == Lost("the process that read it died: exit code 3")
+    assert found["die 11"] == Lost("the process that worked on it died: Segmentation fault (signal 11)")
+    assert found["die 9"] == Lost("the process that worked on it died: Killed (signal 9); out of memory?")
+    assert found["exit 3"] == Lost("the process that worked on it died: exit code 3")
     assert found["hang"] == Lost("given up after 0.7 seconds without a sign of life")
     assert found["slow"] == "slow done"  # Longer than that in all, but never silent.
     assert all(found[job] == f"{job} done" for job in jobs if job.startswith("job"))
