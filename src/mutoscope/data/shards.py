@@ -123,10 +123,10 @@ class Shards:
         return self._maps[record.shard]
 
     def _kept(self, record: Record) -> bytes | None:
-        """The record's bytes from the cache, a file with holes. What is not there yet, is damaged, or is of a shard that
-        has since been made anew, has another hash."""
+        """The record's bytes from the cache, a file with holes. What is not there yet, is damaged, or is of a shard
+        that has since been made anew, has another hash. Where it can't be read, `_fetched` will tell."""
         if self.place.cache is not None:
-            with suppress(FileNotFoundError), open(self.place.cache / _name(record.shard), "rb", buffering=0) as file:
+            with suppress(OSError), open(self.place.cache / _name(record.shard), "rb", buffering=0) as file:
                 data = os.pread(file.fileno(), record.nbytes, record.offset)
                 if xxhash.xxh3_64_hexdigest(data) == record.digest:
                     return data

@@ -1,12 +1,31 @@
-"""A worker of `mutoscope encode` that dies over a clip, as often as a file beside the store says."""
+"""For tests of `mutoscope encode`: clips, what a store consists of, and workers that die."""
 
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from mutoscope.data import shards
-from mutoscope.encode_shards import Shard, ShardEncoder, Told
+from mutoscope.data.video import write_video
+from mutoscope.encode_ray import _Actor
+from mutoscope.encode_shards import Job, Shard, ShardEncoder, Told
+
+
+def make_videos(folder: Path, names: list[str], frames: int = 4) -> str:
+    for seed, name in enumerate(names):
+        noise = np.random.default_rng(seed).integers(0, 256, (frames, 16, 16, 3), np.uint8)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_video(folder / f"{name}.mp4", noise, fps=4)
+        (folder / f"{name}.txt").write_text(f"video {name}")
+    return str(folder)
+
+
+def files_of(store: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.name != ".lock" and p.is_file()
+    }
 
 
 class Dying(ShardEncoder):
@@ -28,6 +47,14 @@ class Dying(ShardEncoder):
             yield told
 
 
+class DyingActor(_Actor):
+    """`Dying` in a Ray cluster."""
+
+    def __init__(self, job: Job, device: str, folder: str) -> None:
+        super().__init__(job, device, folder)
+        self.encoder = Dying(job, threads=1)
+
+
 class Doomed(ShardEncoder):
     """Dies before it has encoded anything."""
 
@@ -42,3 +69,8 @@ def set_deaths(store: Path, count: int) -> None:
 def encoded(store: Path) -> list[str]:
     """The keys of the clips that were encoded, in the order in which they were."""
     return store.with_suffix(".encoded").read_text().split()
+
+
+def deaths(store: Path) -> int:
+    """How many are left."""
+    return store.with_suffix(".deaths").stat().st_size
