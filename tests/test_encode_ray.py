@@ -111,8 +111,18 @@ def test_a_worker_that_does_not_see_the_store(tmp_path: Path) -> None:
             next(ShardEncoder(job).encode((0, []), "cpu"))
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense"])
+def test_where_there_is_no_cluster(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # of the tests above
+    with (
+        pytest.raises(ValueError, match=f"--ray {address}: no Ray cluster there: .*(refused|address format)"),
+        encode_ray.cluster(address, 0),
+    ):
+        pass
+
+
 def test_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match=r'Ray is not installed; pip install "mutoscope\[ray\]"'):
+    with pytest.raises(ValueError, match=r'^--ray: .*; pip install "mutoscope\[ray\]"$'):
         encode(make_recipe(tmp_path), tmp_path / "store", ray="local", progress=False)
     assert not (tmp_path / "store").exists()

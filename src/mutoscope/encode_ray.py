@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 import socket
 import traceback
 import warnings
@@ -31,9 +32,9 @@ def cluster(address: str, cpus: int) -> Iterator[None]:
     cpus: of a local cluster; 0 takes this machine's. Raises ValueError where Ray is not installed or not there.
     """
     try:
-        import ray
-    except ModuleNotFoundError:
-        raise ValueError('--ray: Ray is not installed; pip install "mutoscope[ray]"') from None
+        import ray.data
+    except ImportError as error:
+        raise ValueError(f'--ray: {error}; pip install "mutoscope[ray]"') from None
     if ray.is_initialized():
         yield
         return
@@ -41,11 +42,12 @@ def cluster(address: str, cpus: int) -> Iterator[None]:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address == LOCAL:
         options |= {"include_dashboard": False, "num_cpus": cpus or None}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of what Ray's next version will do
+    with _quiet():
         try:
+            if port := re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)(/.*)?", address):  # Ray would try it for minutes
+                socket.create_connection((port[1], int(port[2])), timeout=20).close()
             ray.init(address, **options)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"--ray {address}: no Ray cluster there: {error}") from error
     try:
         yield
@@ -64,34 +66,47 @@ def on_ray(job: Job, workers: int, shards: list[Shard], tell: Tell) -> dict[int,
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
     size = min(workers or gpus or int(resources.get("CPU", 1)), len(shards))
-    # One task for each shard, and one block for each clip that is told, so that it is told at once.
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.max_errored_blocks = -1
-    context.target_max_block_size = 1
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     rows = [{"shard": number, "work": pickle.dumps(work)} for number, work in shards]
     told: dict[int, int] = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # max_task_retries has no place of its own yet
-        results = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(
-            _Actor,
-            fn_constructor_kwargs={"job": job, "device": "cuda" if gpus else "cpu", "folder": os.getcwd()},
-            compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
-            num_cpus=0 if gpus else 1,
-            num_gpus=1 if gpus else 0,
-            max_restarts=-1,
-            max_task_retries=0,
-        )
-        for row in results.iter_rows():
-            if row["error"]:
-                raise pickle.loads(row["error"])
-            told[row["shard"]] = told.get(row["shard"], 0) + 1
-            tell(Told(row["key"], row["reason"]))
-    return {
-        number: "its actor died; Ray's lines above and its log say how" for number, work in shards
-        if told.get(number, 0) < len(work)
-    }  # fmt: skip
+    with _quiet():
+        context = ray.data.DataContext.get_current().copy()
+        context.enable_progress_bars = False
+        context.max_errored_blocks = -1
+        context.target_max_block_size = 1  # a block for each row that comes back, so that it comes at once
+        with ray.data.DataContext.current(context):
+            # A block, and so a task, for each shard.
+            results = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(
+                _Actor,
+                fn_constructor_kwargs={"job": job, "device": "cuda" if gpus else "cpu", "folder": os.getcwd()},
+                compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
+                num_cpus=0 if gpus else 1,
+                num_gpus=1 if gpus else 0,
+                max_restarts=-1,
+                max_task_retries=0,
+            )
+            for row in results.iter_rows():
+                if row["error"]:
+                    raise pickle.loads(row["error"])
+                told[row["shard"]] = told.get(row["shard"], 0) + 1
+                tell(Told(row["key"], row["reason"]))
+    how = "its actor died; Ray's lines above and its log say how"
+    return {number: how for number, work in shards if told.get(number, 0) < len(work)}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Ray's warnings of its future (max_task_retries has no other place yet), and its log of the work and of
+    errors, which are told here."""
+    logger = logging.getLogger("ray.data")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 class _Actor:
