@@ -1,6 +1,6 @@
 """`mutoscope encode` by one process, by two, and on a Ray cluster of this machine, and a plain Ray Data pipeline.
 
-    python -m benchmarks.encode [--clips 640] [--repeats 1] [--peer .]
+    python -m benchmarks.encode [--clips 640] [--few 128] [--repeats 1] [--peer .]
 
 All encode the same clips with the same autoencoder (CogVideoX's, tiny, in fp32), with one thread in each process. The
 clips are distinct mp4 files of 17x96x160. The peer is Ray Data as its documentation has it: a pool of two actors that
@@ -9,7 +9,7 @@ pipelines differ. It has no captions, no hashes, no list of clips and no index. 
 form for all benchmarks and not used.
 
 The stores that ours make have to be equal in all bytes, and the peer's arrays equal to them. Each run is a command,
-timed from its start to its end. A run over 128 clips beside each shows what starting costs: "a clip" is the time of the
+timed from its start to its end. A run over fewer clips beside each shows what starting costs: "a clip" is the time of the
 clips that the larger run has more, without it. At the end each side is given a file that is cut short.
 """
 
@@ -43,7 +43,7 @@ from mutoscope.recipe import Recipe
 from mutoscope.toml import dump_toml
 
 FRAMES, HEIGHT, WIDTH = 17, 96, 160
-FEW, WORKERS = 128, 2
+WORKERS = 2
 OURS = {
     "1 process": ["--workers", "1"],
     "2 processes": ["--workers", "2"],
@@ -54,28 +54,30 @@ PEER = "plain Ray Data"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clips", type=int, default=640, help="more than 128; a shard has 64")
+    parser.add_argument("--clips", type=int, default=640, help="of the larger run; a shard has 64")
+    parser.add_argument("--few", type=int, default=128, help="of the smaller run")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--peer", type=Path, help="not needed: the peer is an installed library")
     parser.add_argument("--plain", nargs=2, type=Path, help=argparse.SUPPRESS)  # The peer's run, which this starts.
     arguments = parser.parse_args()
     if arguments.plain:
         return plain(*arguments.plain)
-    if arguments.clips <= FEW:
-        parser.error(f"--clips {arguments.clips}: more than {FEW}, please")
+    clips, few = arguments.clips, arguments.few
+    if clips <= few:
+        parser.error(f"--clips {clips}: more than --few {few}, please")
     adopt_orphans()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for count in (FEW, arguments.clips):
+        for count in (few, clips):
             make_clips(folder / f"clips-{count}", count)
         taken: dict[str, list[tuple[float, float, float]]] = {side: [] for side in (*OURS, PEER)}
         for _ in range(arguments.repeats):
             for side, results in taken.items():
-                few, _ = run(side, folder, FEW)
-                wall, cpu = run(side, folder, arguments.clips)
-                results.append((wall, cpu, (wall - few) / (arguments.clips - FEW)))
-            check_equal(folder, arguments.clips)
-        report(arguments.clips, taken)
+                start, _ = run(side, folder, few)
+                wall, cpu = run(side, folder, clips)
+                results.append((wall, cpu, (wall - start) / (clips - few)))
+            check_equal(folder, clips)
+        report(clips, taken)
         broken_file(folder)
 
 

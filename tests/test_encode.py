@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import encode_cases
@@ -24,10 +25,11 @@ from mutoscope.autoencoders.pretrained import load_autoencoder
 from mutoscope.data.dataset import VideoDataset
 from mutoscope.data.places import Place
 from mutoscope.data.shards import ShardWriter, StoreError
-from mutoscope.data.store import LatentStore
+from mutoscope.data.store import LatentStore, read_items
 from mutoscope.encode import encode
-from mutoscope.encode_shards import TRIES
+from mutoscope.encode_shards import TRIES, Job, encode_clips, in_this_process
 from mutoscope.encoder import Encoder, open_source
+from mutoscope.progress import Bars
 from mutoscope.recipe import Recipe
 from mutoscope.types import NO_LABEL
 
@@ -284,6 +286,22 @@ def test_workers_that_all_die_are_not_started_for_ever(
     monkeypatch.setattr(encode_shards, "ShardEncoder", encode_cases.Doomed)
     with pytest.raises(StoreError, match=r"(?s)each of 7 shards:.*exit code 7.*not begun"):
         encode(make_recipe(tmp_path), tmp_path / "store", workers=1, progress=False)
+
+
+def test_first_frames_that_a_kill_has_lost_are_made_again(tmp_path: Path, small_shards: None) -> None:
+    recipe, store = make_recipe(tmp_path), tmp_path / "store"
+    manifest = encode(recipe, store, progress=False).manifest
+    assert recipe.autoencoder is not None
+    job = Job(Place.of(store), manifest, recipe.data, recipe.autoencoder, first_frame=True, trust_code=False)
+    found = [item for split in ("train", "val") for item in VideoDataset(recipe.data, split, 0).items]
+    work = list(zip(read_items(store), found, strict=True))
+    make = lambda: encode_clips(job, work, partial(in_this_process, job), Bars(False))
+    assert make() == {}
+    whole = files_of(store)
+    assert len(whole) == 2 + 2 * 7 * 3
+    index = store / "image" / "00001.jsonl"
+    index.write_bytes(b"".join(index.read_bytes().splitlines(keepends=True)[:7]))
+    assert make() == {} and files_of(store) == whole
 
 
 def test_what_a_worker_raises_is_raised(tmp_path: Path) -> None:

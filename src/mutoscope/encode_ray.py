@@ -41,6 +41,7 @@ def cluster(address: str, cpus: int) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # It would be sent to Ray's makers.
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address == LOCAL:
+        os.environ.setdefault("RAY_worker_niceness", "0")  # as this process is; Ray's way is 15
         options |= {"include_dashboard": False, "num_cpus": cpus or None}
     with _quiet():
         try:

@@ -98,8 +98,10 @@ def encode_clips(job: Job, work: Work, engine: Engine, bar: Bars) -> dict[str, s
 
 
 def _shards(job: Job, clips: dict[str, tuple[StoredItem, Item]], broken: dict[str, str]) -> list[Shard]:
-    """What is missing in the store, by shard."""
-    present = Shards(job.out / "video")
+    """What is missing in the store, by shard. Of a clip, a kill may have left latents and no first frame."""
+    present = set(Shards(job.out / "video"))
+    if job.first_frame:
+        present &= set(Shards(job.out / "image"))
     missing = [pair for key, pair in clips.items() if key not in present and key not in broken]
     shards: dict[int, Work] = {}
     for stored, item in sorted(missing, key=lambda pair: pair[0].place):
@@ -145,9 +147,10 @@ class ShardEncoder:
                               "set autoencoder.dtype to fp32, or look at the clip")  # fmt: skip
                     yield Told(stored.key, reason)
                     continue
-                if images is not None and stored.key not in images.keys:  # a kill may have come between the two
+                if images is not None and stored.key not in images.keys:
                     images.append(stored.key, video[:1])
-                writer.append(stored.key, moments.to(stored_as))
+                if stored.key not in writer.keys:
+                    writer.append(stored.key, moments.to(stored_as))
                 yield Told(stored.key)
 
     def _load(self, device: str) -> Encoder:

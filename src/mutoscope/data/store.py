@@ -310,7 +310,7 @@ def read_manifest(root: str | Path | Place) -> Manifest:
     path = f"{root}/manifest.json"
     try:
         content = root.read("manifest.json")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"{root}: no latent store here (no manifest.json); make one with `mutoscope encode`"
         ) from None
