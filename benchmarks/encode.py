@@ -9,8 +9,8 @@ pipelines differ. It has no captions, no hashes, no list of clips and no index. 
 form for all benchmarks and not used.
 
 The stores that ours make have to be equal in all bytes, and the peer's arrays equal to them. Each run is a command,
-timed from its start to its end. A run over fewer clips beside each shows what starting costs: "a clip" is the time of the
-clips that the larger run has more, without it. At the end each side is given a file that is cut short.
+timed from its start to its end. A run over fewer clips beside each shows what starting costs: "a clip" is the time of
+the clips that the larger run has more, without it. At the end each side is given a file that is cut short.
 """
 
 from __future__ import annotations
