@@ -178,7 +178,7 @@ class Place:
         """Returns when whoever holds the lock has shown to be dead; raises ValueError as soon as it lives."""
         with suppress(FileNotFoundError):  # Given back meanwhile.
             seen = self.read(LOCK)
-            host, number = seen.decode().split()[:2]
+            host, number = (seen.decode().split() or ["somebody", "?"])[:2]  # a folder's, copied here, is empty
             if host == socket.gethostname() and not os.path.exists(f"/proc/{number}"):
                 return
             say(f"{self}: {host} (process {number}) was encoding into it; seeing for {2 * RENEW:g} s whether it lives")
