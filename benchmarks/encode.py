@@ -137,6 +137,7 @@ def command(side: str, root: Path, out: Path) -> subprocess.CompletedProcess[byt
     # No run finds what an earlier one has remembered of the files; the tiny checkpoint stays.
     shutil.rmtree(out.with_name("cache") / "mutoscope" / "clips", ignore_errors=True)
     environment = {**os.environ, "XDG_CACHE_HOME": str(out.with_name("cache")), "OMP_NUM_THREADS": "1"}
+    environment["RAY_worker_niceness"] = "0"  # the peer's workers, too, have the priority of other processes
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.run([sys.executable, "-m", *words], env=environment, **output)
 
