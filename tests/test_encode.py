@@ -121,7 +121,7 @@ moments, calls = mutoscope.encoder.Encoder.moments, []
 
 def slow(self, video):
     calls.append(1)
-    time.sleep(0.01 if len(calls) < 10 else 60)  # a clip that takes long, in which the kill falls
+    time.sleep(0.01 if len(calls) < 10 else 600)  # a clip that takes long, in which the kill falls
     return moments(self, video)
 
 mutoscope.encoder.Encoder.moments = slow
