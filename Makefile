@@ -11,7 +11,7 @@ setup: .venv/.ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --group dev --editable ".[parquet,cuts,cogvideox]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --group dev --editable ".[parquet,cuts,cogvideox,ray]"
 	touch $@
 
 demo: setup          ## train an autoencoder and a latent diffusion transformer on generated clips; minutes on 2 cores

@@ -176,9 +176,13 @@ class TestVerbs:
     def test_encode(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         encode = replaced(monkeypatch, "mutoscope.encode.encode")
         main(["encode", "mine.toml", "--workers", "3", "--data.fps", "4"])
-        assert encode.call_args.args == (replace(RECIPE, data=replace(RECIPE.data, fps=4.0)), Path("runs/mine.latents"))
-        assert encode.call_args.kwargs == {"workers": 3, "trust_code": False}
+        assert encode.call_args.args == (replace(RECIPE, data=replace(RECIPE.data, fps=4.0)), "runs/mine.latents")
+        assert encode.call_args.kwargs == {"workers": 3, "ray": None, "trust_code": False}
         assert "mutoscope train mine.toml --data.latents runs/mine.latents" in capsys.readouterr().out
+        main(["encode", "mine.toml", "--ray", "auto", "--out", "s3://bucket/store"])
+        assert encode.call_args.args == (RECIPE, "s3://bucket/store")
+        assert encode.call_args.kwargs == {"workers": 0, "ray": "auto", "trust_code": False}
+        assert "mutoscope train mine.toml --data.latents s3://bucket/store" in capsys.readouterr().out
 
     def test_sample(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         sample_run = replaced(monkeypatch, "mutoscope.sample.sample_run")

@@ -1,7 +1,7 @@
 """The encode job: killed and resumed without a trace, broken clips named, other stores refused."""
 
-import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -10,22 +10,26 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
+import encode_cases
 import pytest
 import torch
+from encode_cases import files_of, make_videos
 from tiny_runs import KL, make_recipe, make_run
 from torch import Tensor
 
-from mutoscope import encode as encode_job
+from mutoscope import encode_shards
 from mutoscope.autoencoders.pretrained import load_autoencoder
 from mutoscope.data.dataset import VideoDataset
+from mutoscope.data.places import Place
 from mutoscope.data.shards import ShardWriter, StoreError
-from mutoscope.data.store import LatentStore
-from mutoscope.data.video import write_video
+from mutoscope.data.store import LatentStore, read_items
 from mutoscope.encode import encode
+from mutoscope.encode_shards import TRIES, Job, encode_clips, in_this_process
 from mutoscope.encoder import Encoder, open_source
+from mutoscope.progress import Bars
 from mutoscope.recipe import Recipe
 from mutoscope.types import NO_LABEL
 
@@ -50,21 +54,6 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Encoder, "moments", count)
     return calls
-
-
-def make_videos(folder: Path, names: list[str], frames: int = 4) -> str:
-    for seed, name in enumerate(names):
-        noise = np.random.default_rng(seed).integers(0, 256, (frames, 16, 16, 3), np.uint8)
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_video(folder / f"{name}.mp4", noise, fps=4)
-        (folder / f"{name}.txt").write_text(f"video {name}")
-    return str(folder)
-
-
-def files_of(store: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.name != ".lock" and p.is_file()
-    }
 
 
 # ---- what is refused
@@ -95,7 +84,7 @@ def test_what_cannot_be_encoded_is_refused_before_work_begins(tmp_path: Path) ->
     (tmp_path / "store" / "thesis.tex").touch()
     with pytest.raises(StoreError, match=r"holds other things \(thesis.tex\)"):
         encode(recipe, tmp_path / "store", progress=False)
-    with encode_job._locked(tmp_path / "busy"), pytest.raises(StoreError, match="another process is encoding"):
+    with Place.of(tmp_path / "busy").held(print), pytest.raises(ValueError, match="another process is encoding"):
         encode(recipe, tmp_path / "busy", progress=False)
 
 
@@ -109,13 +98,6 @@ def test_encoding_again_does_nothing(tmp_path: Path, encoded: list[int]) -> None
     before = files_of(tmp_path / "store")
     encode(recipe, tmp_path / "store", progress=False)
     assert len(encoded) == 64 and files_of(tmp_path / "store") == before
-
-
-@pytest.fixture
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New stores have ten clips to a shard, so that the 64 clips of the tiny preset are work for two processes."""
-    manifest = encode_job.Manifest
-    monkeypatch.setattr("mutoscope.encoder.Manifest", lambda **fields: manifest(**fields, shard_items=10))
 
 
 def test_workers_make_the_bytes_that_one_process_makes(tmp_path: Path, small_shards: None) -> None:
@@ -139,7 +121,7 @@ moments, calls = mutoscope.encoder.Encoder.moments, []
 
 def slow(self, video):
     calls.append(1)
-    time.sleep(0.01 if len(calls) < 10 else 60)  # a clip that takes long, in which the kill falls
+    time.sleep(0.01 if len(calls) < 10 else 600)  # a clip that takes long, in which the kill falls
     return moments(self, video)
 
 mutoscope.encoder.Encoder.moments = slow
@@ -269,14 +251,57 @@ def test_latents_that_overflow_are_named(tmp_path: Path, monkeypatch: pytest.Mon
         encode(recipe, tmp_path / "store", progress=False)
 
 
-def die(*arguments: object) -> None:
-    os._exit(9)
+def test_the_shard_of_a_worker_that_dies_goes_to_another(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, store = make_recipe(tmp_path), tmp_path / "store"
+    encode(recipe, tmp_path / "whole", progress=False)
+    monkeypatch.setattr(encode_shards, "ShardEncoder", encode_cases.Dying)
+    encode_cases.set_deaths(store, TRIES - 1)
+    encode(recipe, store, workers=2, progress=False)
+    assert files_of(store) == files_of(tmp_path / "whole")
+    keys = encode_cases.encoded(store)
+    assert len(keys) == len(set(keys)) == 64  # what was finished is not done again
+    assert "1 shards lost their worker, and go to another" in capsys.readouterr().err
 
 
-def test_a_worker_that_dies_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode_job, "_work", die)
-    with pytest.raises(RuntimeError, match="a worker process ended with exit code 9"):
+def test_a_shard_over_which_workers_die_is_named(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, store = make_recipe(tmp_path), tmp_path / "store"
+    encode_cases.set_deaths(store, 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_shards, "ShardEncoder", encode_cases.Dying)
+        with pytest.raises(StoreError, match="3 workers have died over each of 1 shards") as caught:
+            encode(recipe, store, workers=2, progress=False)
+    told = r"shard 00001, first clip that is not stored: .*: the process that worked on it died: Killed \(signal 9\)"
+    assert re.search(told, str(caught.value))
+    assert len(set(encode_cases.encoded(store))) == 54 + 5 + 2  # a clip more for each worker, and the other shards
+    assert len(encode(recipe, store, progress=False)) == 64
+
+
+def test_workers_that_all_die_are_not_started_for_ever(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode_shards, "ShardEncoder", encode_cases.Doomed)
+    with pytest.raises(StoreError, match=r"(?s)each of 7 shards:.*exit code 7.*not begun"):
         encode(make_recipe(tmp_path), tmp_path / "store", workers=1, progress=False)
+
+
+def test_first_frames_that_a_kill_has_lost_are_made_again(tmp_path: Path, small_shards: None) -> None:
+    recipe, store = make_recipe(tmp_path), tmp_path / "store"
+    manifest = encode(recipe, store, progress=False).manifest
+    assert recipe.autoencoder is not None
+    job = Job(Place.of(store), manifest, recipe.data, recipe.autoencoder, first_frame=True, trust_code=False)
+    found = [item for split in ("train", "val") for item in VideoDataset(recipe.data, split, 0).items]
+    work = list(zip(read_items(store), found, strict=True))
+    make = lambda: encode_clips(job, work, partial(in_this_process, job), Bars(False))
+    assert make() == {}
+    whole = files_of(store)
+    assert len(whole) == 2 + 2 * 7 * 3
+    index = store / "image" / "00001.jsonl"
+    index.write_bytes(b"".join(index.read_bytes().splitlines(keepends=True)[:7]))
+    assert make() == {} and files_of(store) == whole
 
 
 def test_what_a_worker_raises_is_raised(tmp_path: Path) -> None:
@@ -289,5 +314,5 @@ def test_what_a_worker_raises_is_raised(tmp_path: Path) -> None:
         pytest.raises(StoreError, match="another process is writing this shard") as caught,
     ):
         encode(recipe, tmp_path / "store", workers=1, progress=False)
-    assert "in encode_shards" in caught.value.__notes__[0]  # where, for --debug
+    assert "in shard_writer" in caught.value.__notes__[0]  # where, for --debug
     assert len(encode(recipe, tmp_path / "store", progress=False)) == 64  # as the cure of a damaged shard says

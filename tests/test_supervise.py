@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mutoscope.supervise import Alive, Lost, in_threads, supervise
+from mutoscope.supervise import Alive, Lost, in_threads, slot, supervise
 
 
 def work(job: str, alive: Alive) -> str:
@@ -43,12 +43,27 @@ def test_crashes_and_hangs_are_lost_alone() -> None:
     jobs = ["job 1", "die 11", "hang", "job 2", "die 9", "exit 3", "slow", *(f"job {n}" for n in range(3, 9))]
     found = dict(supervise(work, jobs, 2, 0.7))
     assert sorted(found) == sorted(jobs)
-    assert found["die 11"] == Lost("the process that read it died: Segmentation fault (signal 11)")
-    assert found["die 9"] == Lost("the process that read it died: Killed (signal 9); out of memory?")
-    assert found["exit 3"] == Lost("the process that read it died: exit code 3")
+    assert found["die 11"] == Lost("the process that worked on it died: Segmentation fault (signal 11)")
+    assert found["die 9"] == Lost("the process that worked on it died: Killed (signal 9); out of memory?")
+    assert found["exit 3"] == Lost("the process that worked on it died: exit code 3")
     assert found["hang"] == Lost("given up after 0.7 seconds without a sign of life")
     assert found["slow"] == "slow done"  # Longer than that in all, but never silent.
     assert all(found[job] == f"{job} done" for job in jobs if job.startswith("job"))
+
+
+def report(job: str, alive: Alive) -> int:
+    alive(f"{job} begun")
+    if job == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return slot()
+
+
+def test_jobs_tell_news_and_know_their_slot() -> None:
+    news: list[str] = []
+    jobs = ["a", "die", "b", "c", "d"]
+    found = dict(supervise(report, jobs, 2, 10, on_news=news.append))
+    assert sorted(news) == [f"{job} begun" for job in sorted(jobs)]
+    assert isinstance(found.pop("die"), Lost) and set(found.values()) <= {0, 1}  # the successor has the dead one's
 
 
 def test_what_the_work_raises_is_raised() -> None:

@@ -273,7 +273,7 @@ class ImportNpy(OnRecipe):
 
     file: Path
     """The .npy file, made by the recipe's autoencoder from clips of the recipe's size."""
-    out: Path
+    out: str
     """The store."""
 
     def run(self, flags: Sequence[str]) -> None:
@@ -302,7 +302,7 @@ class ImportNpy(OnRecipe):
 class ExportNpy:
     """Write a store's latents or tokens as a .npy file, as minisora's scripts read them."""
 
-    store: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
+    store: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
     """The store."""
     file: Path
     """The .npy file."""

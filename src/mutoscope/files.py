@@ -52,6 +52,15 @@ def new_folder(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+def cache_folder(name: str) -> Path | None:
+    """Where what may be deleted at any time is kept, ``$XDG_CACHE_HOME/mutoscope/NAME`` (``~/.cache`` where that is not
+    set); None where there is no home. It need not be there yet."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(cache):  # The XDG standard: relative paths are to be ignored.
+        cache = os.path.expanduser("~/.cache")
+    return Path(cache) / "mutoscope" / name if os.path.isabs(cache) else None
+
+
 def sync_folder(folder: Path) -> None:
     """Make the folder's list of names survive a power cut; syncing a new file alone does not."""
     descriptor = os.open(folder, os.O_RDONLY)

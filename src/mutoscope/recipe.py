@@ -189,7 +189,7 @@ class Data(ClipSet):
     """Latents along time that the model is given of each clip, another random stretch of them each time; samples are
     as long. none: all of the clip's."""
     latents: str | None = None
-    """A LatentStore made by `mutoscope encode`; training then reads it in place of the clips."""
+    """A LatentStore made by `mutoscope encode`, a folder or a URL; training then reads it in place of the clips."""
     workers: int = 0
     """Processes that decode clips; 0 decodes in the training process."""
     cache: bool = False

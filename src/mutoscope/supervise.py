@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import queue
 import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -17,8 +18,8 @@ from mutoscope.workers import follow_parent, worker_context
 
 J = TypeVar("J")
 R = TypeVar("R")
-Alive = Callable[[], None]
-"""For a job to call as it gets on."""
+Alive = Callable[..., None]
+"""For a job to call as it gets on; an argument is news of it, for whoever supervises."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,15 @@ def in_threads(work: Callable[[J], R], jobs: Sequence[J], threads: int, timeout:
 
 
 def supervise(
-    work: Callable[[J, Alive], R], jobs: Sequence[J], workers: int, timeout: float
-) -> Iterator[tuple[J, R | Lost]]:
+    work: Callable[[J, Alive], R],
+    jobs: Sequence[J],
+    workers: int,
+    timeout: float,
+    on_news: Callable[[Any], None] = lambda news: None,
+) -> Generator[tuple[J, R | Lost]]:
     """What `work` makes of each job, as they finish, in as many processes (spawned; at least one).
+
+    on_news: called in this process with what a job tells of itself by `Alive`.
 
     A job that crashes its process, or gives no sign of life for `timeout` seconds, is lost, and a new process goes on
     with the others. When the caller stops, by Ctrl-C or otherwise, the processes are killed at once. Raises
@@ -95,21 +102,25 @@ def supervise(
     try:
         while waiting or staff:
             unborn = sum(worker.job is None for worker in staff.values())
-            for _ in range(min(max(workers, 1) - len(staff), len(waiting) - unborn)):
-                worker = _Worker(work)
+            slots = {worker.slot for worker in staff.values()}
+            free = [slot for slot in range(max(workers, 1)) if slot not in slots]
+            for slot in free[: max(len(waiting) - unborn, 0)]:
+                worker = _Worker(work, slot)
                 staff[worker.pipe] = worker
             for pipe in connection.wait(list(staff), timeout=min(1.0, timeout)):
                 assert isinstance(pipe, connection.Connection)
                 worker = staff[pipe]
                 try:
                     message = pipe.recv()
-                except (EOFError, ConnectionResetError):
+                except (EOFError, OSError):  # It may have died in the midst of a message.
                     del staff[pipe]
                     yield worker.job, Lost(worker.how_it_died())
                     continue
                 worker.since = time.monotonic()
                 if isinstance(message, _Raised):
                     raise RuntimeError(f"in a worker process:\n{message.trace}")
+                if isinstance(message, _News):
+                    on_news(message.news)
                 if isinstance(message, _Done):
                     job, worker.job = worker.job, None
                     yield job, message.result
@@ -134,6 +145,11 @@ class _Done:
 
 
 @dataclass(frozen=True)
+class _News:
+    news: Any
+
+
+@dataclass(frozen=True)
 class _Raised:
     trace: str
 
@@ -141,10 +157,11 @@ class _Raised:
 class _Worker:
     """A process and what it works on."""
 
-    def __init__(self, work: Callable[[Any, Alive], Any]) -> None:
+    def __init__(self, work: Callable[[Any, Alive], Any], slot: int) -> None:
         context = worker_context()
+        self.slot = slot
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(work, theirs), daemon=True)
+        self.process = context.Process(target=_serve, args=(work, theirs), daemon=True, name=f"{_SLOT}{slot}")
         # Interrupted half-way, it would be a process that nobody knows and ends.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -173,7 +190,16 @@ class _Worker:
         reason = f"exit code {code}" if code >= 0 else f"{signal.strsignal(-code)} (signal {-code})"
         if self.job is None:
             raise RuntimeError(f"a worker process ended before it began to work: {reason}")
-        return f"the process that read it died: {reason}" + ("; out of memory?" if code == -signal.SIGKILL else "")
+        return f"the process that worked on it died: {reason}" + ("; out of memory?" if code == -signal.SIGKILL else "")
+
+
+_SLOT = "worker-"
+
+
+def slot() -> int:
+    """Within a job: which of the `workers` processes this is, from 0. Where one has died, another takes its number."""
+    name = multiprocessing.current_process().name
+    return int(name.removeprefix(_SLOT)) if name.startswith(_SLOT) else 0
 
 
 def _serve(work: Callable[[Any, Alive], Any], pipe: connection.Connection) -> None:
@@ -182,11 +208,11 @@ def _serve(work: Callable[[Any, Alive], Any], pipe: connection.Connection) -> No
     last = time.monotonic()
     pipe.send(None)  # A sign of life: the imports are done.
 
-    def alive() -> None:
+    def alive(news: object = None, /) -> None:
         nonlocal last
-        if time.monotonic() - last > 0.1:
+        if news is not None or time.monotonic() - last > 0.1:
             last = time.monotonic()
-            pipe.send(None)
+            pipe.send(None if news is None else _News(news))
 
     while True:
         try:

@@ -96,19 +96,23 @@ class Train(OnRecipe):
 class Encode(OnRecipe):
     """Turn the recipe's clips into latents or tokens, and its captions into embeddings, once."""
 
-    out: Path | None = None
-    """The store; the recipe's data.latents, or runs/NAME.latents, unless you say otherwise."""
+    out: str | None = None
+    """The store, a folder or a URL (s3://...); the recipe's data.latents, or runs/NAME.latents, unless you say
+    otherwise."""
     workers: int = 0
-    """Processes, each with an autoencoder of its own; 0 works in this one."""
+    """Processes, each with an autoencoder of its own; 0 works in this one. With --ray actors; 0 takes as many as the
+    cluster has GPUs or, without any, CPUs."""
+    ray: str | None = None
+    """Work on a Ray cluster: its address (auto, HOST:6379, ray://HOST:10001), or local for one on this machine."""
 
     def run(self, flags: Sequence[str]) -> None:
-        if self.workers:
+        if self.workers and not self.ray:
             worker_context()  # they import torch while this process does
         from mutoscope.encode import encode
 
         recipe = self.load(flags)
-        out = self.out or Path(recipe.data.latents or f"runs/{self.name}.latents")
-        encode(recipe, out, workers=self.workers, trust_code=self.trusts)
+        out = self.out or recipe.data.latents or f"runs/{self.name}.latents"
+        encode(recipe, out, workers=self.workers, ray=self.ray, trust_code=self.trusts)
         print(f"to train on them: mutoscope train {self.recipe} --data.latents {out}")
 
 

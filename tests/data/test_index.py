@@ -293,7 +293,7 @@ def test_many_files_are_looked_at_in_processes_where_a_crash_is_a_broken_clip(
     told: list[None] = []
     infos = inspect(clips, on_clip=lambda: told.append(None))
     assert len(told) == len(clips) and [i.frames for i in infos[:20]] == [8] * 20
-    assert infos[20] == f"{clips[20].path}: the process that read it died: Aborted (signal 6)"
+    assert infos[20] == f"{clips[20].path}: the process that worked on it died: Aborted (signal 6)"
     assert infos[21] == f"{clips[21].path}: can't be read as a video: the file is empty"
 
 

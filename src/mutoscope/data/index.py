@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from functools import lru_cache, partial
-from pathlib import Path
 
 import av
 import xxhash
@@ -29,6 +28,7 @@ from mutoscope.data.flying_mnist import FLYING_MNIST, preset_named
 from mutoscope.data.media import Media, is_url
 from mutoscope.data.sources.layouts import Clip
 from mutoscope.data.video import SAME_TIME, frame_index, frames_at, probe
+from mutoscope.files import cache_folder
 from mutoscope.supervise import Alive, Lost, in_threads, supervise
 
 VERSION = 1
@@ -229,14 +229,6 @@ def _probe(clips: list[Clip], timeout: float) -> list[ClipInfo | str]:
 # ---- remembering
 
 
-def _folder() -> Path | None:
-    """Where the index is kept; None where there is no home."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(cache):  # The XDG standard: relative paths are to be ignored.
-        cache = os.path.expanduser("~/.cache")
-    return Path(cache) / "mutoscope" / "clips" if os.path.isabs(cache) else None
-
-
 def _key(clip: Clip, version: tuple[int, int]) -> Key:
     m = clip.media
     path = m.path if is_url(m.path) else os.path.abspath(m.path)
@@ -252,7 +244,7 @@ def _file_of(folder: str) -> int:
 
 def _recall(keys: dict[int, Key]) -> Iterator[tuple[int, ClipInfo]]:
     """Those of these clips that are remembered, by place."""
-    if (folder := _folder()) is None:
+    if (folder := cache_folder("clips")) is None:
         return
     wanted: dict[int, dict[bytes, list[int]]] = {}
     for place, (number, name) in keys.items():
@@ -271,7 +263,7 @@ def _recall(keys: dict[int, Key]) -> Iterator[tuple[int, ClipInfo]]:
 
 def _remember(entries: Sequence[tuple[Key, ClipInfo]]) -> None:
     """Append to the index. Where it can't be written, nothing is remembered, and the next run probes again."""
-    if (folder := _folder()) is None or not entries:
+    if (folder := cache_folder("clips")) is None or not entries:
         return
     files: dict[int, list[bytes]] = {}
     for (number, name), info in entries:

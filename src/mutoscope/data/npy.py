@@ -16,7 +16,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from mutoscope.data.shards import ShardWriter, StoreError
+from mutoscope.data.places import Place
+from mutoscope.data.shards import StoreError, shard_writer
 from mutoscope.data.store import (
     STATS_CLIPS,
     LatentStats,
@@ -32,7 +33,7 @@ from mutoscope.types import NO_LABEL, LatentSpec
 
 def import_npy(
     path: str | Path,
-    root: str | Path,
+    root: str | Path | Place,
     *,
     spec: LatentSpec,
     autoencoder_hash: str,
@@ -47,8 +48,8 @@ def import_npy(
     FileExistsError where there is a store already, ValueError where the array is not what `spec` says or holds a value
     out of range.
     """
-    path, root = Path(path), Path(root)
-    if (root / "manifest.json").exists():
+    path, root = Path(path), Place.of(root)
+    if "manifest.json" in root.names():
         raise FileExistsError(f"{root}: there is a store already; import into another folder")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -113,12 +114,12 @@ def token_dtype(vocab: int) -> torch.dtype:
     return torch.uint16 if vocab <= 65536 else torch.uint32
 
 
-def _append_all(path: Path, array: np.ndarray, root: Path, manifest: Manifest) -> list[str]:
+def _append_all(path: Path, array: np.ndarray, root: Place, manifest: Manifest) -> list[str]:
     """Write the clips to the store's shards, where an import that was killed has not yet; returns their keys."""
     vocab = manifest.spec.vocab
     keys = []
     for start in range(0, len(array), manifest.shard_items):
-        with ShardWriter(root / "video", start // manifest.shard_items) as writer:
+        with shard_writer(root / "video", start // manifest.shard_items) as writer:
             present = list(writer.keys)
             for row in range(min(manifest.shard_items, len(array) - start)):
                 clip = _clip(path, array, start + row, vocab)

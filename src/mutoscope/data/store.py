@@ -10,6 +10,8 @@ A clip's key is a hash of its content, the transform and the autoencoder's weigh
 is first seen: place // `shard_items` is its shard. So work is divided without a queue, a resumed job makes the same
 bytes, and clips that are added later are appended. The order of items is that of VideoDataset, so that training from a
 store sees the clips that training from files sees. No path is ever read from a store: its files have fixed names.
+
+STORE is a folder here, or a URL that fsspec knows (`data/places.py`).
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mutoscope.data.captions import Variants, choose
+from mutoscope.data.places import Place
 from mutoscope.data.shards import Shards, StoreError, seal, unseal
-from mutoscope.files import replacing
 from mutoscope.recipe import Data
 from mutoscope.types import Cond, LatentSpec
 
@@ -146,12 +148,12 @@ def transform_of(data: Data) -> dict[str, Any]:
 class LatentStore:
     """A complete store, opened for reading."""
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path | Place) -> None:
         """Reads manifest, items and indexes (about a second for 100,000 clips), no data.
 
         Raises FileNotFoundError where there is no store, StoreError where it is damaged or its encoding unfinished.
         """
-        self.root = Path(root)
+        self.root = Place.of(root)
         self.manifest = read_manifest(self.root)
         self.items = read_items(self.root)
         self._video = Shards(self.root / "video")
@@ -275,7 +277,7 @@ def all_captions(items: Iterable[StoredItem], has_null: bool) -> Iterator[str]:
         yield from [caption for _, group in item.captions for caption in group] or [""]
 
 
-def check_manifest(root: Path, stored: Manifest, asked: Manifest) -> None:
+def check_manifest(root: Place, stored: Manifest, asked: Manifest) -> None:
     """See `LatentStore.check`. Text is compared where both sides have some."""
     ours, theirs = _made_by(stored), _made_by(asked)
     if not (stored.text and asked.text):
@@ -302,13 +304,18 @@ def text_key(caption: str) -> str:
     return xxhash.xxh3_128_hexdigest(caption.encode(errors="surrogatepass"))
 
 
-def read_manifest(root: Path) -> Manifest:
+def read_manifest(root: str | Path | Place) -> Manifest:
     """Raises FileNotFoundError, or StoreError where it is damaged or of another format."""
-    path = root / "manifest.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{root}: no latent store here (no manifest.json); make one with `mutoscope encode`")
+    root = Place.of(root)
+    path = f"{root}/manifest.json"
     try:
-        fields = json.loads(path.read_bytes())
+        content = root.read("manifest.json")
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(
+            f"{root}: no latent store here (no manifest.json); make one with `mutoscope encode`"
+        ) from None
+    try:
+        fields = json.loads(content)
         digest = fields.pop("xxh3")
     except (ValueError, LookupError, AttributeError, TypeError) as error:
         raise StoreError(f"{path}: damaged, not a manifest: {error}") from None
@@ -325,24 +332,24 @@ def read_manifest(root: Path) -> Manifest:
     )
 
 
-def write_manifest(root: Path, manifest: Manifest) -> None:
+def write_manifest(root: str | Path | Place, manifest: Manifest) -> None:
     """Replaces the store's manifest, all or nothing."""
     fields = json.loads(json.dumps({"format": FORMAT} | asdict(manifest)))
     fields["xxh3"] = _manifest_digest(fields)
-    with replacing(root / "manifest.json") as aside:
-        aside.write_text(json.dumps(fields, indent=2) + "\n")
+    Place.of(root).write("manifest.json", f"{json.dumps(fields, indent=2)}\n".encode())
 
 
 def _manifest_digest(fields: dict[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(fields, sort_keys=True).encode())
 
 
-def read_items(root: Path) -> list[StoredItem]:
+def read_items(root: str | Path | Place) -> list[StoredItem]:
     """The store's clips in order; none before the first plan. Raises StoreError where a line is damaged."""
-    path = root / "items.jsonl"
-    if not path.is_file():
+    path = f"{root}/items.jsonl"
+    try:
+        *lines, rest = Place.of(root).read("items.jsonl").split(b"\n")
+    except FileNotFoundError:
         return []
-    *lines, rest = path.read_bytes().split(b"\n")
     if rest:
         raise StoreError(f"{path}: damaged: its last line has no end")
     return [
@@ -351,7 +358,6 @@ def read_items(root: Path) -> list[StoredItem]:
     ]
 
 
-def write_items(root: Path, items: Sequence[StoredItem]) -> None:
+def write_items(root: str | Path | Place, items: Sequence[StoredItem]) -> None:
     """Replaces the store's list of clips, all or nothing."""
-    with replacing(root / "items.jsonl") as aside:
-        aside.write_bytes(b"".join(seal(asdict(item)) for item in items))
+    Place.of(root).write("items.jsonl", b"".join(seal(asdict(item)) for item in items))

@@ -204,7 +204,7 @@ def test_a_crash_is_a_broken_clip(root: Path, monkeypatch: pytest.MonkeyPatch) -
         "train/cut": report["broken"][0]["reason"],
         "train/damaged": report["broken"][1]["reason"],
         "train/empty": f"{root / 'train' / 'empty.mp4'}: can't be read as a video: the file is empty",
-        "train/good 2": f"{path}: the process that read it died: Aborted (signal 6)",
+        "train/good 2": f"{path}: the process that worked on it died: Aborted (signal 6)",
     }
     assert report["buckets"] is None and report["unplaced"] == []
 

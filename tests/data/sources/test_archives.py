@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3
 
 from mutoscope.data.sources.archives import arrow_dataset, parquet_videos, webdataset
 from mutoscope.data.sources.layouts import Clip, list_clips
@@ -319,20 +320,8 @@ def test_what_save_to_disk_writes(videos: list[bytes], tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """A bucket of a server in this process, which other processes find by their environment."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    with pytest.MonkeyPatch.context() as patch:
-        host, port = server.get_host_and_port()
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for name, value in {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "DEFAULT_REGION": "us-east-1"}.items():
-            patch.setenv(f"AWS_{name}", value)
-        fsspec.filesystem("s3").mkdir("clips")
-        yield "s3://clips"
-        fsspec.filesystem("s3").clear_instance_cache()
-    server.stop()
+    with s3.bucket("clips") as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ import xxhash
 from mutoscope.data.media import IMAGES, VIDEOS, Media, is_url
 from mutoscope.data.sources.tables import PLAIN, decode
 from mutoscope.data.sources.tar import Member, Source, TarError, read_members
+from mutoscope.files import cache_folder
 
 VERSION = 1
 """Raised whenever the same shard would give other samples."""
@@ -157,11 +158,8 @@ def _text(file: Source, member: Member) -> str:
 
 def _place(path: str) -> Path | None:
     """The file for what is known of a shard; None where there is no home to keep it in."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(cache):  # The XDG standard: relative paths are to be ignored.
-        cache = os.path.expanduser("~/.cache")
-    name = xxhash.xxh3_128_hexdigest(_full(path).encode())
-    return Path(cache, "mutoscope", "shards", name) if os.path.isabs(cache) else None
+    folder = cache_folder("shards")
+    return folder and folder / xxhash.xxh3_128_hexdigest(_full(path).encode())
 
 
 def _recall(path: str, version: tuple[int, int]) -> list[Sample] | None:
