@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,11 @@ from torch import Tensor, multiprocessing, nn
 
 from mutoscope.models.cogvideox import CogVideoX
 from mutoscope.models.dit import DiT
+from mutoscope.models.gpt import GPT
 from mutoscope.models.stdit import STDiT
 from mutoscope.models.ulysses import ContextGroup, share_sequence
+from mutoscope.recipe import Parallel
+from mutoscope.training.engine import Engine
 from mutoscope.training.offload import recomputed
 from mutoscope.types import Cond, ModelIO
 
@@ -78,6 +83,7 @@ def compare(rank: int, world: int, port: int, names: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=world)
     group = ContextGroup(dist.group.WORLD, rank, world)
+    check_samples(group)
     for name in names:
         whole, shared = shaken(name), shaken(name)
         expected, gradients = backward(whole, name)
@@ -103,6 +109,21 @@ def compare(rank: int, world: int, port: int, names: list[str]) -> None:
     dist.destroy_process_group()
 
 
+def check_samples(group: ContextGroup) -> None:
+    """Processes of a group must have the same samples, and others must not."""
+    apart = Engine(group.rank, group.size, torch.device("cpu"))
+    together = replace(apart, parallel=Parallel(context=group.size), context=group)
+    together.check_apart([3, 4])
+    together.check_shared(["a", "b"], [3, 4])
+    with pytest.raises(RuntimeError, match="trained on by two processes"):
+        apart.check_apart([3, 4])
+    for ids, samples in ((["a", f"b{group.rank}"], [3, 4]), (["a", "b"], [3, group.rank])):
+        with pytest.raises(RuntimeError, match="would train on a, b.*those that share its samples"):
+            together.check_shared(ids, samples)
+    assert float(together.sum(torch.tensor(5.0))) == float(together.mean(torch.tensor(5.0))) == 5
+    assert (together.data_rank, together.data_world, together.leads) == (0, 1, group.rank == 0)
+
+
 @pytest.mark.parametrize(
     ("world", "names"),
     [(2, list(NETWORKS)), pytest.param(4, ["factorised", "joint", "stdit3"], marks=pytest.mark.slow)],
@@ -113,3 +134,28 @@ def test_parts_add_up_to_the_whole(world: int, names: list[str]) -> None:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     multiprocessing.spawn(compare, (world, port, names), nprocs=world)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize(
+    ("network", "told"),
+    [
+        (NETWORKS["factorised"][0], "= 3 does not divide the 4 attention heads"),
+        (NETWORKS["stdit3"][0], "= 3 does not divide the 4 attention heads"),
+        (NETWORKS["t2v"][0], "= 3 does not divide the 2 attention heads"),
+        (lambda: GPT(depth=1, width=32, heads=3).build(replace(IO, vocab=8)), "GPTModel cannot share.*Set it to 1"),
+    ],
+)
+def test_networks_that_cannot(network: Callable[[], nn.Module], told: str) -> None:
+    none: Any = None
+    with torch.device("meta"), pytest.raises(ValueError, match=told):
+        share_sequence(network(), ContextGroup(none, 0, 3))
+
+
+def test_lengths() -> None:
+    none: Any = None
+    parts = ContextGroup(none, 1, 4).parts(226)
+    assert parts.lengths == (57, 57, 56, 56)
+    assert parts.own(torch.arange(226), 0).tolist() == list(range(57, 114))
+    assert parts.beside(parts.times(2)).lengths == (171, 171, 168, 168)
+    with pytest.raises(ValueError, match="context = 4: 3 tokens cannot be shared"):
+        ContextGroup(none, 1, 4).parts(3)

@@ -64,6 +64,7 @@ class _SharedSequence:
         """As diffusers' CogVideoXAttnProcessor2_0, of parts of video and text. image_rotary_emb: of the whole video."""
         from diffusers.models.embeddings import apply_rotary_emb
 
+        turn: Any = apply_rotary_emb
         length = encoder_hidden_states.shape[1]
         x = torch.cat([encoder_hidden_states, hidden_states], 1)
         q, k, v = (
@@ -72,11 +73,8 @@ class _SharedSequence:
         if attn.norm_q is not None:
             q, k = attn.norm_q(q), attn.norm_k(k)
         if image_rotary_emb is not None:
-            cos, sin = (self.video.own(y, 0) for y in image_rotary_emb)
-            q, k = (
-                torch.cat([y[:, :, :length], apply_rotary_emb(y[:, :, length:], (cos, sin)).to(y.dtype)], 2)
-                for y in (q, k)
-            )
+            places = [self.video.own(y, 0) for y in image_rotary_emb]
+            q, k = (torch.cat([y[:, :, :length], turn(y[:, :, length:], places).to(y.dtype)], 2) for y in (q, k))
         y = self.text.beside(self.video).attention(q, k, v, F.scaled_dot_product_attention)
         y = attn.to_out[1](attn.to_out[0](y.transpose(1, 2).flatten(2)))
         return y[:, length:], y[:, :length]

@@ -102,11 +102,14 @@ class Parts:
         return all_to_all_single_autograd(x.contiguous(), received, sent, self.group.group)
 
 
-def share_sequence(model: nn.Module, group: ContextGroup) -> None:
-    """Let the processes of a group compute this network together, from now on, from inputs that they all have.
+def share_sequence(model: nn.Module, group: ContextGroup | None) -> None:
+    """Let the processes of a group, where there is one, compute this network together, from now on, from inputs that
+    they all have.
 
     Raises ValueError where the network cannot, or its heads cannot be dealt out.
     """
+    if group is None:
+        return
     share = getattr(model, "share_sequence", None)
     if share is None:
         raise ValueError(f"parallel.context = {group.size}: {type(model).__name__} cannot share a sequence; CogVideoX, "

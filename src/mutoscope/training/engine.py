@@ -4,8 +4,8 @@
     fsdp2    weights, gradients and optimizer state in parts, one for each process (or for each of a group of processes:
              HSDP); a block's weights are gathered while it computes
 
-Under both, groups of `parallel.context` processes may share the tokens of each sample. They take part in all else as any
-processes do: gradients are averaged over them too (`models/ulysses.py` says why that is right).
+Under both, groups of `parallel.context` processes may share the tokens of each sample. To all else they are processes
+like any other: gradients are averaged over them too (`models/ulysses.py` says why that is right).
 
 Started by torchrun, a recipe with ``strategy = "none"`` becomes DDP: processes that train unsynchronised replicas
 beside each other are never what is meant. gloo serves CPUs, nccl GPUs.
@@ -67,14 +67,17 @@ class Engine:
     def start(parallel: Parallel) -> Engine:
         """Join the other processes, where there are any.
 
-        Raises ValueError where the recipe asks for several processes and there is no launcher, for a mesh or groups that
-        they do not make, and for offloading where there is no GPU.
+        Raises ValueError where the recipe asks for several processes and there is no launcher, for a mesh or groups
+        that they do not make, and for offloading where there is no GPU.
         """
         world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         if (parallel.strategy != "none" or parallel.context > 1) and "WORLD_SIZE" not in os.environ:
+            asked = (
+                f'strategy = "{parallel.strategy}"' if parallel.strategy != "none" else f"context = {parallel.context}"
+            )
             raise ValueError(
-                f'parallel.strategy = "{parallel.strategy}" with parallel.context = {parallel.context} needs a launcher: '
-                "torchrun --nproc-per-node N -m mutoscope train ... (or parallel.strategy = none and context = 1)"
+                f"parallel.{asked} needs a launcher: torchrun --nproc-per-node N -m mutoscope train ... "
+                "(or parallel.strategy = none and parallel.context = 1)"
             )
         cuda = torch.cuda.is_available()
         if parallel.strategy == "fsdp2" and parallel.offload != "none" and not cuda:
@@ -163,8 +166,7 @@ class Engine:
         Raises RuntimeError as `check_in_sync`, ValueError as `share_sequence`.
         """
         self.check_in_sync(model)
-        if self.context is not None:
-            share_sequence(model, self.context)
+        share_sequence(model, self.context)
         if self.mesh is not None:
             _shard(model, self.mesh, self.parallel, precision, self.device)
             return model
@@ -219,8 +221,7 @@ class Engine:
     # ---- other processes
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over processes, of those that share their samples once; the same tensor where there is one process.
-        """
+        """The sum over processes, once for those that share samples; the same tensor where there is one process."""
         if dist.is_initialized():
             value = value.clone()
             dist.all_reduce(value)
@@ -278,8 +279,8 @@ class Engine:
             raise RuntimeError(f"processes {different} hold other weights than process 0; the run would not be one run")
 
     def check_apart(self, samples: Sequence[int]) -> None:
-        """Raise RuntimeError where two processes train on the same samples, and so with the same noise, other than those
-        that share them."""
+        """Raise RuntimeError where two processes that do not share samples train on the same ones, and so with the same
+        noise."""
         seen = Counter(self.gather([str(sample) for sample in samples] if self._first_of_context else []))
         if twice := [sample for sample, times in seen.items() if times > 1]:
             raise RuntimeError(f"samples {', '.join(twice[:5])} are trained on by two processes at once")

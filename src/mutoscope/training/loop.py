@@ -64,13 +64,11 @@ def train(recipe: Recipe, out: Path) -> Run:
     run = Run(out)
     try:
         check_offload(recipe, engine.device)
-        # offload_blocks goes with the first
-        if recipe.activation_checkpointing or recipe.compile or engine.context is not None:
+        if recipe.activation_checkpointing or recipe.compile or engine.context:  # offload_blocks goes with the first
             with torch.device("meta"):
                 shapes = recipe.model.build(model_io(recipe))
             check_blocks(shapes, recipe)
-            if engine.context is not None:
-                share_sequence(shapes, engine.context)
+            share_sequence(shapes, engine.context)
         if recipe.quantize != "none":
             check_quantization(recipe.quantize, engine.device, recipe.compile)
         with run.locked() if engine.main else nullcontext(), stopping_softly() as stop:
@@ -207,8 +205,8 @@ def _check_batch(numbers: dict[str, int], plan: Plan, log: Log) -> None:
         if then != now and numbers["world"] == plan.world:
             raise ValueError(f"{told}; batch_size × accumulate must be what it was")
         if then != now:
-            log.say(f"{told}: {numbers['world']} shares of processes then, {plan.world} now. To keep it, change batch_size "
-                    "or accumulate as well")  # fmt: skip
+            log.say(f"{told}: {numbers['world']} processes (or groups of parallel.context) then, {plan.world} now. To keep "
+                    "it, change batch_size or accumulate as well")  # fmt: skip
 
 
 def _forward_backward(
