@@ -118,7 +118,7 @@ def check_samples(group: ContextGroup) -> None:
     with pytest.raises(RuntimeError, match="trained on by two processes"):
         apart.check_apart([3, 4])
     for ids, samples in ((["a", f"b{group.rank}"], [3, 4]), (["a", "b"], [3, group.rank])):
-        with pytest.raises(RuntimeError, match="would train on a, b.*those that share its samples"):
+        with pytest.raises(RuntimeError, match=r"would train on a, b.*those that share its samples"):
             together.check_shared(ids, samples)
     assert float(together.sum(torch.tensor(5.0))) == float(together.mean(torch.tensor(5.0))) == 5
     assert (together.data_rank, together.data_world, together.leads) == (0, 1, group.rank == 0)

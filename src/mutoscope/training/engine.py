@@ -72,9 +72,7 @@ class Engine:
         """
         world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         if (parallel.strategy != "none" or parallel.context > 1) and "WORLD_SIZE" not in os.environ:
-            asked = (
-                f'strategy = "{parallel.strategy}"' if parallel.strategy != "none" else f"context = {parallel.context}"
-            )
+            asked = f"context = {parallel.context}" if parallel.context > 1 else f'strategy = "{parallel.strategy}"'
             raise ValueError(
                 f"parallel.{asked} needs a launcher: torchrun --nproc-per-node N -m mutoscope train ... "
                 "(or parallel.strategy = none and parallel.context = 1)"

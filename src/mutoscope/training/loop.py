@@ -205,8 +205,8 @@ def _check_batch(numbers: dict[str, int], plan: Plan, log: Log) -> None:
         if then != now and numbers["world"] == plan.world:
             raise ValueError(f"{told}; batch_size × accumulate must be what it was")
         if then != now:
-            log.say(f"{told}: {numbers['world']} processes (or groups of parallel.context) then, {plan.world} now. To keep "
-                    "it, change batch_size or accumulate as well")  # fmt: skip
+            log.say(f"{told}: {numbers['world']} processes, or groups of parallel.context, then, {plan.world} now. "
+                    "To keep it, change batch_size or accumulate as well")  # fmt: skip
 
 
 def _forward_backward(
