@@ -120,6 +120,7 @@ def _contradictions_of_parallel(recipe: Recipe) -> Iterator[str]:
         "fsdp2": ("shard", "replicate", "reshard"),
         "deepspeed": ("zero", "deepspeed_config"),
         "fsdp2 or deepspeed": ("offload",),
+        "none or ddp or fsdp2": ("context",),
     }.items():
         for name in names:
             if parallel.strategy not in strategy.split(" or ") and getattr(parallel, name) != getattr(Parallel, name):

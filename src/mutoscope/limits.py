@@ -64,6 +64,7 @@ LIMITS: dict[str, Limits] = {
     "optim.max_bad_steps": AT_LEAST_1,
     "parallel.shard": AT_LEAST_0,
     "parallel.replicate": AT_LEAST_0,
+    "parallel.context": AT_LEAST_1,
     "parallel.timeout": POSITIVE,
     "parallel.stall": AT_LEAST_0,
 }

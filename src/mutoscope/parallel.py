@@ -28,6 +28,10 @@ class Parallel:
     """deepspeed: what is divided: the optimizer's state; gradients as well; weights as well."""
     deepspeed_config: str | None = None
     """deepspeed: a JSON file of its own. Its "auto" is filled in from the recipe, which it must not contradict."""
+    context: int = 1
+    """ddp, fsdp2: processes that share the tokens of each sample, for long videos; it divides the number of processes,
+    that of a copy's with fsdp2, and the model's attention heads. The others, by groups of so many, have other samples.
+    """
     timeout: float = 1800.0
     """Seconds that a process waits for the others before it gives up."""
     stall: float = 300.0

@@ -360,7 +360,7 @@ class Recipe:
     steps: int
     """Optimizer steps."""
     batch_size: int
-    """Samples per process and micro-step."""
+    """Samples per process, or group of `parallel.context`, and micro-step."""
     accumulate: int = 1
     """Micro-steps per optimizer step."""
     seed: int = 0

@@ -14,12 +14,15 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from mutoscope.build import build_encoder, build_trained, model_io
+from mutoscope.checkpoints import part_config
 from mutoscope.contradictions import validate
 from mutoscope.data.dataset import to_pixels, to_uint8
 from mutoscope.data.video import frame_index, frames_at, read_frames, resize, write_video
 from mutoscope.encoder import Encoder
 from mutoscope.loading import RECIPE_FILE
 from mutoscope.models.cogvideox import CogVideoX, CogVideoXModel
+from mutoscope.models.cogvideox_context import share_transformer
+from mutoscope.models.ulysses import ContextGroup, share_sequence
 from mutoscope.objectives.diffusion import Diffusion
 from mutoscope.objectives.tokens import NextToken
 from mutoscope.randomness import Draw
@@ -216,6 +219,7 @@ def sample_run(
     steps: int | None = None,
     guidance_scale: float | None = None,
     trust_code: bool = False,
+    context: ContextGroup | None = None,
     on_videos: Callable[[int], None] = lambda done: None,
 ) -> list[Path]:
     """Draw videos from a finished run and write them as mp4 files; returns their paths.
@@ -230,13 +234,15 @@ def sample_run(
         image: likewise, one frame.
         seed: the i-th video of a seed is the same whatever `num` is.
         steps, guidance_scale: in place of the recipe's.
+        context: processes that draw each video together, all of which call this; the first of them writes.
         on_videos: called with the number of videos drawn since the last call, for progress.
 
-    Raises ValueError for what the model can't do, and as `load_generator` does.
+    Raises ValueError for what the model can't do, and as `load_generator` and `share_sequence` do.
     """
     if num < 1:
         raise ValueError(f"--num {num}: at least 1")
     generator = load_generator(folder, trust_code)
+    share_sequence(generator.model, context)
     sampler = generator.recipe.sampler
     if sampler is None:
         raise ValueError(f"{folder} holds a model that does not generate (its recipe has no sampler)")
@@ -257,7 +263,8 @@ def sample_run(
     paths = [out] if num == 1 else [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(num)]
     drawn = sample_videos(generator, cond, num, seed, on_videos)
     for path, frames in zip(paths, drawn, strict=True):
-        write_video(path, frames.numpy(), generator.recipe.data.fps or 8)
+        if context is None or context.rank == 0:
+            write_video(path, frames.numpy(), generator.recipe.data.fps or 8)
     return paths
 
 
@@ -271,6 +278,7 @@ def sample_cogvideox(
     tile: bool = True,
     offload: Literal["none", "model", "sequential"] = "none",
     trust_code: bool = False,
+    context: ContextGroup | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[Path]:
     """Draw videos from a run that trained CogVideoX, or from a checkpoint of it, and write them as mp4 files.
@@ -282,6 +290,7 @@ def sample_cogvideox(
         wishes: fields of `samplers.request.Request` in place of the run's, or of the checkpoint's.
         adapters: LoRAs besides the run's own: PATH, PATH:WEIGHT or PATH:WEIGHT:ALPHA.
         tile, offload: as in `samplers.cogvideox.Drawer`.
+        context: as in `sample_run`.
         on_step: called after each step of each video.
 
     Raises ValueError, before weights are read, for what the checkpoint can't draw; FileNotFoundError for what is not
@@ -304,6 +313,8 @@ def sample_cogvideox(
     base = base or request_for(source)
     base = replace(base, **wishes)
     requests = [replace(base, seed=base.seed + i) for i in range(num)]
+    if context is not None:
+        context.check_heads(part_config(path, "transformer")["num_attention_heads"])
     drawer = open_drawer(
         path,
         requests,
@@ -314,12 +325,16 @@ def sample_cogvideox(
         tile=tile,
         offload=offload,
     )
+    if context is not None:
+        share_transformer(drawer.transformer, context)
     out = out or (Path() if recipe is None else Path(source)) / "drawn" / f"seed{base.seed}.mp4"
     out.parent.mkdir(parents=True, exist_ok=True)
     paths = [out] if num == 1 else [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(num)]
     for file, request in zip(paths, requests, strict=True):
         with torch.no_grad():
-            write_video(file, drawer.draw(request, on_step), request.fps)
+            latents = drawer.latents(request, on_step)
+            if context is None or context.rank == 0:
+                write_video(file, drawer.decode(latents), request.fps)
     return paths
 
 

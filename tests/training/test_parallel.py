@@ -37,6 +37,7 @@ def spread(strategy: str, changes: dict[str, Any] | None = None, **parallel: Any
         (spread("ddp", shard=2), "parallel.shard: is for strategy = fsdp2, the strategy is ddp"),
         (spread("ddp", zero=3), "parallel.zero: is for strategy = deepspeed"),
         (spread("ddp", offload="all"), "is for strategy = fsdp2 or deepspeed"),
+        (spread("deepspeed", context=2), "parallel.context: is for strategy = none or ddp or fsdp2"),
         (spread("ddp", stall=90.0, timeout=60.0), "stall: 90 s is no sooner than the timeout of 60 s"),
         (spread("deepspeed", {"ema": 0.9}), "ema: is not for strategy = deepspeed"),
         (spread("deepspeed", {"lora": Lora(), "quantize": "int8"}), "quantize: is not for strategy = deepspeed"),
@@ -52,6 +53,21 @@ def test_a_strategy_needs_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(ValueError, match='"fsdp2" needs a launcher: torchrun'):
         Engine.start(Parallel(strategy="fsdp2"))
+    with pytest.raises(ValueError, match="context = 2 needs a launcher: torchrun"):
+        Engine.start(Parallel(context=2))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "told"),
+    [
+        (Parallel(strategy="ddp", context=3), "context = 3 does not divide the 4 processes; it must"),
+        (Parallel(strategy="fsdp2", replicate=2, context=4), "context = 4 does not divide the 2 processes of a copy"),
+    ],
+)
+def test_groups_that_processes_do_not_make(parallel: Parallel, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=told):
+        Engine.start(parallel)
 
 
 @pytest.mark.parametrize(

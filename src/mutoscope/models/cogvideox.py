@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from mutoscope.autoencoders.cogvideox import FRAME_STEP
 from mutoscope.checkpoints import load_part, part_config, scheduler_fields
 from mutoscope.known_checkpoints import Config
+from mutoscope.models.cogvideox_context import share_transformer
+from mutoscope.models.ulysses import ContextGroup
 from mutoscope.recipe import ModelConfig, Recipe
 from mutoscope.types import DTYPES, Cond, LatentSpec, ModelIO
 
@@ -154,6 +156,10 @@ class CogVideoXModel(nn.Module):
     def blocks(self) -> nn.ModuleList:
         """The unit of checkpointing, compilation and offload."""
         return self.transformer.transformer_blocks
+
+    def share_sequence(self, group: ContextGroup) -> None:
+        """See `ulysses.share_sequence`."""
+        share_transformer(self.transformer, group)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -27,6 +27,7 @@ from mutoscope.models.layers import (
     plane_sinusoid,
 )
 from mutoscope.models.patches import Grid, grid_of, label_rows, patchify, token_times, unpatchify
+from mutoscope.models.ulysses import ContextGroup, Parts
 from mutoscope.recipe import ModelConfig
 from mutoscope.types import Cond, ModelIO
 
@@ -104,9 +105,13 @@ def preset(name: str) -> DiT:
 class DiTModel(nn.Module):
     """(B, c, t, h, w), time (B,) or of each frame (B, t), Cond -> (B, c or 2c, t, h, w)."""
 
+    context: ContextGroup | None = None
+    """Processes that share each video: every one has a part of each frame's tokens."""
+
     def __init__(self, config: DiT, io: ModelIO) -> None:
         super().__init__()
         self.patch, self.attention, self.base_frames = config.patch, config.attention, config.base_frames
+        self.heads = config.heads
         self.grid = grid_of(io.grid, self.patch)
         for grid in io.more_grids:
             grid_of(grid, self.patch)
@@ -154,7 +159,11 @@ class DiTModel(nn.Module):
         """Frames that are known come with a time of each frame, whose label and caption are the video's."""
         grid = grid_of((x.shape[2], x.shape[3], x.shape[4]), self.patch)
         first, second = self._positions(grid)
-        x = self.embed(patchify(x, self.patch)) + first  # (b, t, n, d)
+        patches, parts = patchify(x, self.patch), None
+        if self.context is not None:
+            parts = self.context.parts(patches.shape[2])
+            patches, first = parts.own(patches, -2), parts.own(first, -2)
+        x = self.embed(patches) + first  # (b, t, n, d)
         c = self.time(token_times(time, self.patch))  # (b, 1 or t, d)
         if self.label is not None:
             c = c + label_rows(cond, self.label, len(x))[:, None]
@@ -162,9 +171,15 @@ class DiTModel(nn.Module):
         for i, block in enumerate(self.blocks):
             if i == 1 and second is not None:
                 x = x + second
-            x = block(x, c, cond.text, cond.text_mask)
+            x = block(x, c, cond.text, cond.text_mask, parts)
         shift, scale = self.final_modulation(c).chunk(2, dim=-1)
-        return unpatchify(self.head(modulate(self.final_norm(x), shift, scale)), grid, self.patch)
+        out = self.head(modulate(self.final_norm(x), shift, scale))
+        return unpatchify(out if parts is None else parts.whole(out, -2), grid, self.patch)
+
+    def share_sequence(self, group: ContextGroup) -> None:
+        """See `ulysses.share_sequence`."""
+        group.check_heads(self.heads)
+        self.context = group
 
     def _positions(self, grid: Grid) -> tuple[Float[Tensor, "#t n d"], Float[Tensor, "t 1 d"] | None]:
         """What is added before the first and before the second block, as the model's weights are: in their dtype, on
@@ -203,12 +218,14 @@ class DiTBlock(nn.Module):
         c: Float[Tensor, "b f d"],
         text: Float[Tensor, "b l e"] | None = None,
         text_mask: Tensor | None = None,
+        parts: Parts | None = None,
     ) -> Float[Tensor, "b t n d"]:
-        """`c` is of a whole video (f = 1) or of each of its frames."""
+        """`c` is of a whole video (f = 1) or of each of its frames. parts: of a frame's tokens, where processes share
+        them."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=-1)
 
         # 1. Self-attention, over the axis that this block looks along
-        y = attend(self.attention, modulate(self.norm1(x), shift1, scale1), self.along)
+        y = attend(self.attention, modulate(self.norm1(x), shift1, scale1), self.along, parts=parts)
         x = torch.addcmul(x, gate1.unsqueeze(2), y)
 
         # 2. Cross-attention to the caption
@@ -224,11 +241,14 @@ def attend(
     x: Float[Tensor, "b t n d"],
     along: Literal["space", "time", "all"],
     rotary: tuple[Tensor, Tensor] | None = None,
+    parts: Parts | None = None,
 ) -> Float[Tensor, "b t n d"]:
-    """Self-attention within each frame, along time at each place, or over everything."""
+    """Self-attention within each frame, along time at each place, or over everything. parts: of a frame's tokens, where
+    processes share them: each then has all that there is along time."""
     b, t, n, _ = x.shape
     if along == "space":
-        return attention(x.flatten(0, 1), rotary=rotary).unflatten(0, (b, t))
+        return attention(x.flatten(0, 1), rotary=rotary, parts=parts).unflatten(0, (b, t))
     if along == "time":
         return attention(x.transpose(1, 2).flatten(0, 1), rotary=rotary).unflatten(0, (b, n)).transpose(1, 2)
-    return attention(x.flatten(1, 2), rotary=rotary).unflatten(1, (t, n))
+    parts = None if parts is None else parts.times(t)
+    return attention(x.flatten(1, 2), rotary=rotary, parts=parts).unflatten(1, (t, n))

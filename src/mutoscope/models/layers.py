@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from mutoscope.models.ulysses import Parts
+
 Rotary = tuple[Float[Tensor, "places e2"], Float[Tensor, "places e2"]]
 """Cosines and sines of positions (see `rotate`)."""
 
@@ -41,11 +43,14 @@ class Attention(nn.Module):
         *,
         causal: bool = False,
         rotary: Rotary | None = None,
+        parts: Parts | None = None,
     ) -> Float[Tensor, "b n d"]:
         """`mask` is True on the context tokens that may be seen; a row of all False yields zeros. causal: positions
-        see themselves and those before them. `rotary` turns queries and keys (see `rotate`)."""
+        see themselves and those before them. `rotary` turns queries and keys (see `rotate`). parts: `x` is this
+        process's part of a sequence, all of which is attended to."""
         k, v = self.keys_values(x if context is None else context, rotary)
-        return self.attend(x, k, v, None if mask is None else mask[:, None], causal=causal, rotary=rotary)
+        mask = None if mask is None else mask[:, None]
+        return self.attend(x, k, v, mask, causal=causal, rotary=rotary, parts=parts)
 
     def keys_values(
         self, context: Float[Tensor, "b m e"], rotary: Rotary | None = None
@@ -64,11 +69,15 @@ class Attention(nn.Module):
         *,
         causal: bool = False,
         rotary: Rotary | None = None,
+        parts: Parts | None = None,
     ) -> Float[Tensor, "b n d"]:
         """`mask` is True where a position may look; a row of all False yields zeros."""
         q = _normalised(self.query(x).unflatten(-1, (self.heads, -1)), self.query_scale).transpose(1, 2)
         q = q if rotary is None else rotate(q, *rotary)
         join = lambda y: self.out(y.transpose(1, 2).flatten(2))
+        if parts is not None:
+            assert mask is None and not causal  # of whole videos, in which everything sees everything
+            return join(parts.attention(q, k, v, scaled_dot_product_attention))
         if mask is None:
             return join(scaled_dot_product_attention(q, k, v, causal=causal))
         # A softmax over nothing is NaN on some devices: rows without context see all of it, and are zeroed after.

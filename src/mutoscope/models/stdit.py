@@ -37,6 +37,7 @@ from mutoscope.models.layers import (
     sinusoid,
 )
 from mutoscope.models.patches import Grid, grid_of, label_rows, patchify, token_times, unpatchify
+from mutoscope.models.ulysses import ContextGroup, Parts
 from mutoscope.recipe import ModelConfig
 from mutoscope.types import Cond, ModelIO
 
@@ -79,6 +80,9 @@ class STDiT(ModelConfig):
 class STDiTModel(nn.Module):
     """(B, c, t, h, w), time (B,) or of each frame (B, t), Cond -> (B, c or 2c, t, h, w)."""
 
+    context: ContextGroup | None = None
+    """Processes that share each video: every one has a part of each frame's tokens."""
+
     def __init__(self, config: STDiT, io: ModelIO) -> None:
         super().__init__()
         self.patch, self.base_frames, self.version = config.patch, config.base_frames, config.version
@@ -86,7 +90,7 @@ class STDiTModel(nn.Module):
         for grid in io.more_grids:
             grid_of(grid, self.patch)
         width, patch_size = config.width, config.patch[0] * config.patch[1] * config.patch[2]
-        self.head_dim = width // config.heads
+        self.heads, self.head_dim = config.heads, width // config.heads
 
         self.embed = nn.Linear(io.channels * patch_size, width)
         self.positions: dict[Grid, Positions] = {}
@@ -143,16 +147,26 @@ class STDiTModel(nn.Module):
         active = nn.functional.silu(c)
         m = self.modulation(active)
         m_time = self.modulation_time(active) if self.modulation_time is not None else None
-        x = self.embed(patchify(x, self.patch)) + at.plane  # (b, t, n, d)
+        patches, plane, parts = patchify(x, self.patch), at.plane, None
+        if self.context is not None:
+            parts = self.context.parts(patches.shape[2])
+            patches, plane = parts.own(patches, -2), parts.own(plane, -2)
+        x = self.embed(patches) + plane  # (b, t, n, d)
         text = self.caption(cond.text.to(x.dtype)) if self.caption is not None and cond.text is not None else None
 
         # 2. Blocks
         for i, block in enumerate(self.blocks):
-            x = block(x, m, m_time, text, cond.text_mask, at.line if i == 0 else None, at.rotary)
+            x = block(x, m, m_time, text, cond.text_mask, at.line if i == 0 else None, at.rotary, parts)
 
         # 3. Prediction
         shift, scale = (self.final_table + c.unsqueeze(2)).unbind(2)
-        return unpatchify(self.head(modulate(self.final_norm(x), shift, scale)), grid, self.patch)
+        out = self.head(modulate(self.final_norm(x), shift, scale))
+        return unpatchify(out if parts is None else parts.whole(out, -2), grid, self.patch)
+
+    def share_sequence(self, group: ContextGroup) -> None:
+        """See `ulysses.share_sequence`."""
+        group.check_heads(self.heads)
+        self.context = group
 
     def _positions(self, grid: Grid) -> Positions:
         """Of this grid, in the dtype and on the device of the model's weights. The rows and columns of a bucket are
@@ -234,15 +248,17 @@ class STDiTBlock(nn.Module):
         text_mask: Tensor | None,
         line: Float[Tensor, "t 1 d"] | None,
         rotary: tuple[Tensor, Tensor] | None,
+        parts: Parts | None = None,
     ) -> Float[Tensor, "b t n d"]:
         """m, m_time: what the blocks share of modulation and of that along time, of a whole video (f = 1) or of each
-        of its frames. line, rotary: see `Positions`."""
+        of its frames. line, rotary: see `Positions`. parts: of a frame's tokens, where processes share them."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.table + m.unflatten(-1, (6, -1))).unbind(2)
 
         # 1. Attention within frames, or of a block that is along time, along it
         y = modulate(self.norm1(x), shift1, scale1)
         axis: Literal["space", "time"] = "time" if self.along == "time" else "space"
-        x = torch.addcmul(x, gate1.unsqueeze(2), attend(self.attention, y, axis, rotary if axis == "time" else None))
+        y = attend(self.attention, y, axis, rotary if axis == "time" else None, parts)
+        x = torch.addcmul(x, gate1.unsqueeze(2), y)
 
         # 2. Attention along time
         if self.attention_time is not None:

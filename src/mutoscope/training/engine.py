@@ -1,8 +1,11 @@
-"""The only file that knows about processes, with `deepspeed.py` beside it.
+"""The only file that knows about processes, with `deepspeed.py` beside it, and `models/ulysses.py` under networks.
 
     ddp      a replica of the model on every process, gradients averaged in the backward pass
     fsdp2    weights, gradients and optimizer state in parts, one for each process (or for each of a group of processes:
              HSDP); a block's weights are gathered while it computes
+
+Under both, groups of `parallel.context` processes may share the tokens of each sample. To all else they are processes
+like any other: gradients are averaged over them too (`models/ulysses.py` says why that is right).
 
 Started by torchrun, a recipe with ``strategy = "none"`` becomes DDP: processes that train unsynchronised replicas
 beside each other are never what is meant. gloo serves CPUs, nccl GPUs.
@@ -37,6 +40,7 @@ from torch.distributed.fsdp import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+from mutoscope.models.ulysses import ContextGroup, share_sequence
 from mutoscope.recipe import Parallel
 from mutoscope.sharded import is_sharded, local
 from mutoscope.training.quantize import QuantizedLinear
@@ -54,6 +58,8 @@ class Engine:
     parallel: Parallel = field(default_factory=Parallel)
     mesh: DeviceMesh | None = None
     """Of fsdp2: (copies, parts of a copy)."""
+    context: ContextGroup | None = None
+    """The processes that share this one's samples, where there are any: those of neighbouring ranks."""
     meeting: str = ""
     """What the keys of these processes begin with, in the store that they met by."""
 
@@ -61,20 +67,22 @@ class Engine:
     def start(parallel: Parallel) -> Engine:
         """Join the other processes, where there are any.
 
-        Raises ValueError where the recipe asks for several processes and there is no launcher, for a mesh that they do
-        not make, and for offloading where there is no GPU.
+        Raises ValueError where the recipe asks for several processes and there is no launcher, for a mesh or groups
+        that they do not make, and for offloading where there is no GPU.
         """
         world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-        if parallel.strategy != "none" and "WORLD_SIZE" not in os.environ:
+        if (parallel.strategy != "none" or parallel.context > 1) and "WORLD_SIZE" not in os.environ:
+            asked = f"context = {parallel.context}" if parallel.context > 1 else f'strategy = "{parallel.strategy}"'
             raise ValueError(
-                f'parallel.strategy = "{parallel.strategy}" needs a launcher: '
-                "torchrun --nproc-per-node N -m mutoscope train ... (or parallel.strategy = none)"
+                f"parallel.{asked} needs a launcher: torchrun --nproc-per-node N -m mutoscope train ... "
+                "(or parallel.strategy = none and parallel.context = 1)"
             )
         cuda = torch.cuda.is_available()
         if parallel.strategy == "fsdp2" and parallel.offload != "none" and not cuda:
             raise ValueError(f'parallel.offload = "{parallel.offload}": moves memory from GPUs to the CPU, and there '
                              'is no GPU here; set it to "none"')  # fmt: skip
         shape = _mesh_shape(parallel, world) if parallel.strategy == "fsdp2" else None
+        _check_context(parallel, world if shape is None else shape[1])
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
@@ -89,7 +97,13 @@ class Engine:
             else:
                 dist.init_process_group(backend, timeout=timeout)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")) if shape else None
-        return Engine(rank=rank, world=world, device=device, parallel=parallel, mesh=mesh, meeting=meeting)
+        context = None
+        if (size := parallel.context) > 1:
+            group, _ = dist.new_subgroups(size, timeout=timedelta(seconds=parallel.timeout))
+            context = ContextGroup(group, rank % size, size)
+        return Engine(
+            rank=rank, world=world, device=device, parallel=parallel, mesh=mesh, context=context, meeting=meeting
+        )
 
     @property
     def main(self) -> bool:
@@ -106,25 +120,40 @@ class Engine:
         return self.parallel.strategy == "deepspeed" and self.parallel.zero == 3
 
     @property
+    def data_rank(self) -> int:
+        """Which of the shares of the samples is this process's: its own, or its context group's."""
+        return self.rank // self.parallel.context
+
+    @property
+    def data_world(self) -> int:
+        """Shares that the samples of a step are divided into."""
+        return self.world // self.parallel.context
+
+    @property
     def replica(self) -> int:
-        """The copy of the model that this process has, or has a part of."""
+        """Which of the sets of processes that call the model together this one is of: those that have the parts of one
+        copy of it, or of a sample."""
         if self.mesh is not None:
             return self.mesh.get_local_rank("replicate")
-        return 0 if self._zero3 else self.rank
+        return 0 if self._zero3 else self.data_rank
 
     @property
     def replicas(self) -> int:
-        """Copies of the model."""
+        """How many of these there are."""
         if self.mesh is not None:
             return self.mesh.size(0)
-        return 1 if self._zero3 else self.world
+        return 1 if self._zero3 else self.data_world
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes for its copy of the model."""
+        """Whether this process writes for those that it calls the model with."""
         if self.mesh is not None:
             return self.mesh.get_local_rank("shard") == 0
-        return self.main or not self._zero3
+        return self.main if self._zero3 else self._first_of_context
+
+    @property
+    def _first_of_context(self) -> bool:
+        return self.context is None or self.context.rank == 0
 
     # ---- the model
 
@@ -132,9 +161,10 @@ class Engine:
         """The model to train, whose backward pass averages gradients over the processes. fsdp2 divides the model
         itself, whose parameters are others afterwards: optimizers come later.
 
-        Raises RuntimeError as `check_in_sync`.
+        Raises RuntimeError as `check_in_sync`, ValueError as `share_sequence`.
         """
         self.check_in_sync(model)
+        share_sequence(model, self.context)
         if self.mesh is not None:
             _shard(model, self.mesh, self.parallel, precision, self.device)
             return model
@@ -189,15 +219,15 @@ class Engine:
     # ---- other processes
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over processes, the same tensor where there is one process."""
+        """The sum over processes, once for those that share samples; the same tensor where there is one process."""
         if dist.is_initialized():
             value = value.clone()
             dist.all_reduce(value)
-        return value
+        return value if self.context is None else value / self.context.size
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over processes."""
-        return self.sum(value) / self.world
+        return self.sum(value) / self.data_world
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process; all of them get the same answer."""
@@ -247,10 +277,25 @@ class Engine:
             raise RuntimeError(f"processes {different} hold other weights than process 0; the run would not be one run")
 
     def check_apart(self, samples: Sequence[int]) -> None:
-        """Raise RuntimeError where two processes train on the same samples, and so with the same noise."""
-        seen = Counter(self.gather([str(sample) for sample in samples]))
+        """Raise RuntimeError where two processes that do not share samples train on the same ones, and so with the same
+        noise."""
+        seen = Counter(self.gather([str(sample) for sample in samples] if self._first_of_context else []))
         if twice := [sample for sample, times in seen.items() if times > 1]:
             raise RuntimeError(f"samples {', '.join(twice[:5])} are trained on by two processes at once")
+
+    def check_shared(self, ids: Sequence[str], samples: Sequence[int]) -> None:
+        """Raise RuntimeError where the processes that share samples have not all got the same: one of them could not
+        read a clip that the others could, and has another in its place."""
+        if self.context is None:
+            return
+        digest = xxhash.xxh3_64_intdigest(repr((list(ids), list(samples))).encode()) >> 1
+        mine = torch.tensor([digest], dtype=torch.int64, device=self.device)
+        everyone = [torch.zeros_like(mine) for _ in range(self.context.size)]
+        dist.all_gather(everyone, mine, group=self.context.group)
+        if any(not torch.equal(other, mine) for other in everyone):
+            raise RuntimeError(f"process {self.rank} would train on {', '.join(ids[:5])}, and those that share its "
+                               "samples (parallel.context) on others: a clip can be read by some of them only. Start "
+                               "again, or mend it")  # fmt: skip
 
     def stop(self) -> None:
         """Leave the other processes."""
@@ -291,6 +336,13 @@ def _mesh_shape(parallel: Parallel, world: int) -> tuple[int, int]:
         raise ValueError(f"parallel.replicate = {parallel.replicate} and parallel.shard = {parallel.shard} (0: what "
                          f"the other leaves) do not make up {world} processes; their product must")  # fmt: skip
     return replicate, shard
+
+
+def _check_context(parallel: Parallel, together: int) -> None:
+    """Raise ValueError where so many processes, all or those of a copy, do not make up groups of `parallel.context`."""
+    if together % parallel.context:
+        whose = "processes of a copy (parallel.shard)" if parallel.strategy == "fsdp2" else "processes"
+        raise ValueError(f"parallel.context = {parallel.context} does not divide the {together} {whose}; it must")
 
 
 def _shard(model: nn.Module, mesh: DeviceMesh, parallel: Parallel, precision: str, device: torch.device) -> None:

@@ -25,6 +25,7 @@ from mutoscope.data.dataset import Clips, list_and_look
 from mutoscope.data.flying_mnist import Split
 from mutoscope.encoder import Encoder, Source, open_source
 from mutoscope.export import save_trained
+from mutoscope.models.ulysses import share_sequence
 from mutoscope.pictures import like, write_grid
 from mutoscope.randomness import Draw, seed_of
 from mutoscope.recipe import Recipe
@@ -63,9 +64,11 @@ def train(recipe: Recipe, out: Path) -> Run:
     run = Run(out)
     try:
         check_offload(recipe, engine.device)
-        if recipe.activation_checkpointing or recipe.compile:  # offload_blocks goes with the first
+        if recipe.activation_checkpointing or recipe.compile or engine.context:  # offload_blocks goes with the first
             with torch.device("meta"):
-                check_blocks(recipe.model.build(model_io(recipe)), recipe)
+                shapes = recipe.model.build(model_io(recipe))
+            check_blocks(shapes, recipe)
+            share_sequence(shapes, engine.context)
         if recipe.quantize != "none":
             check_quantization(recipe.quantize, engine.device, recipe.compile)
         with run.locked() if engine.main else nullcontext(), stopping_softly() as stop:
@@ -100,7 +103,7 @@ def _train(
     place(model, recipe, engine.device, move=not engine.sharded)
     state = build_state(model, recipe, engine)
     plan = Plan(pools=sources["train"].pools(recipe), seed=recipe.seed, accumulate=recipe.accumulate,
-                rank=engine.rank, world=engine.world)  # fmt: skip
+                rank=engine.data_rank, world=engine.data_world)  # fmt: skip
     newest = newest_checkpoint(run.checkpoints, engine, log.say)
     if newest is not None:
         numbers = state.load(newest)
@@ -125,8 +128,10 @@ def _train(
     while state.step < recipe.steps:
         watchdog.at(state.step, "waiting for clips")
         micro = [next(clips) for _ in range(recipe.accumulate)]
+        samples = [sample for raw in micro for sample in raw.samples]
         if state.step == first_step:
-            engine.check_apart([sample for raw in micro for sample in raw.samples])
+            engine.check_apart(samples)
+        engine.check_shared([i for raw in micro for i in raw.ids], samples)
         quarantine.add([b for raw in micro if isinstance(raw, Clips) for b in raw.broken], state.step + 1)
         watchdog.at(state.step, "in the forward and backward pass")
         losses = _forward_backward(recipe, engine, state, encoder, micro)
@@ -139,8 +144,8 @@ def _train(
         recipe.objective.after_step(model, engine.sum, skipped=not finite)
         bad_steps = 0 if finite else bad_steps + 1
         before, state.consumed = sum(state.consumed), plan.after(state.consumed)
-        samples = sum(state.consumed)
-        if samples // plan.epoch > before // plan.epoch:
+        taken = sum(state.consumed)
+        if taken // plan.epoch > before // plan.epoch:
             log.scalars(state.step, recipe.objective.after_epoch(model, before // plan.epoch, engine.sum))
         if finite:
             state.average()
@@ -151,13 +156,13 @@ def _train(
         stopping = engine.any(stop.signal_number != 0) or bad_steps >= recipe.optim.max_bad_steps
         if state.step % recipe.log_every == 0 or last:
             values = _mean_over_processes(losses, engine) | {"lr": lr, "grad_norm": norm}
-            log.train(state.step, values | {"skipped": float(not finite)}, samples)
+            log.train(state.step, values | {"skipped": float(not finite)}, taken)
         _validate(recipe, engine, state, sources["val"], encoder, log, due=last)
         _preview(recipe, run, engine, state, generator, sources["val"], wanted, due=last)
         if state.step % recipe.save_every == 0 or last or stopping:
             numbers = {f"consumed {pool.name}": n for pool, n in zip(plan.pools, state.consumed, strict=True)}
             numbers |= {f"batch {pool.name}": plan.step_samples(b) for b, pool in enumerate(plan.pools)}
-            numbers |= {"clips": len(sources["train"]), "world": engine.world}
+            numbers |= {"clips": len(sources["train"]), "world": plan.world}
             saver.save(state.step, state.tensors(), numbers)
             if last or stopping:
                 saver.wait()
@@ -200,8 +205,8 @@ def _check_batch(numbers: dict[str, int], plan: Plan, log: Log) -> None:
         if then != now and numbers["world"] == plan.world:
             raise ValueError(f"{told}; batch_size × accumulate must be what it was")
         if then != now:
-            log.say(f"{told}: {numbers['world']} processes then, {plan.world} now. To keep it, change batch_size or "
-                    "accumulate as well")  # fmt: skip
+            log.say(f"{told}: {numbers['world']} processes, or groups of parallel.context, then, {plan.world} now. "
+                    "To keep it, change batch_size or accumulate as well")  # fmt: skip
 
 
 def _forward_backward(
@@ -235,7 +240,7 @@ def _mean_over_processes(losses: list[tuple[list[str], Loss]], engine: Engine) -
 def _suspects(losses: list[tuple[list[str], Loss]], engine: Engine) -> str:
     """The clips of this step, on any process, whose own loss is not finite."""
     bad = [i for ids, loss in losses for i, x in zip(ids, loss.per_sample.tolist(), strict=True) if x - x != 0]
-    bad = engine.gather(bad)
+    bad = list(dict.fromkeys(engine.gather(bad)))
     return f"Clips with a non-finite loss: {', '.join(bad)}." if bad else "No single clip's loss is to blame."
 
 
@@ -247,13 +252,14 @@ def _validate(
     if not every or not (due or state.step % every == 0):
         return
     size = min(len(source), VALIDATION_CLIPS)
-    if size < engine.world:
-        raise ValueError(f"data: {size} val clips are too few for {engine.world} processes; recipe.validate_every = 0")
+    if size < engine.data_world:
+        raise ValueError(f"data: {size} val clips are too few for {engine.data_world} processes, or groups that share "
+                         "their samples; recipe.validate_every = 0")  # fmt: skip
     totals: dict[str, Tensor] = {}
     count = torch.zeros((), device=engine.device)
     state.model.eval()
     with torch.no_grad(), state.averaged():
-        share = iterate_once(source.groups[:size], recipe.batch_size, engine.rank, engine.world)
+        share = iterate_once(source.groups[:size], recipe.batch_size, engine.data_rank, engine.data_world)
         for raw, counts in engine.in_step(source.loader(share)):
             draw = Draw(recipe.seed, "validate", raw.samples, engine.device)
             batch = encoder.batch(raw, None)
