@@ -1,7 +1,8 @@
 """What a finished run is worth, in numbers: the verb `mutoscope evaluate`.
 
 An autoencoder is judged on the val clips it reconstructs; a generator on videos that it draws for the val clips'
-conditions; a contrastive model on which of the val clips it finds for their captions. Every figure is described in docs/metrics.md.
+conditions; a contrastive model on which of the val clips it finds for their captions. Every figure is described in
+docs/metrics.md.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def test_what_cannot_be_built() -> None:
         CONFIG.build(replace(IO, text_dim=None))
     with pytest.raises(ValueError, match="does not divide the latent grid"):
         replace(CONFIG, patch=(3, 4, 4)).build(IO)
-    with pytest.raises(ValueError, match="temperature=0.001 must be from 0.01 to 1"):
+    with pytest.raises(ValueError, match=r"temperature=0\.001 must be from 0\.01 to 1"):
         Clip(temperature=0.001)
 
 

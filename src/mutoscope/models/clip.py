@@ -1,9 +1,9 @@
 """Two towers, one over videos and one over captions, into one space (CLIP, arXiv:2103.00020).
 
-The video tower is ViViT's factorised encoder (arXiv:2103.15691 §3.3, model 2), as DALLE2-video has it: blocks within each
-frame, whose tokens' mean becomes the frame's one token; blocks along time; the mean over frames. Positions are fixed
-sinusoids, so that clips of any length and size go that the patch divides. The text tower attends to the text encoder's
-embeddings, which bring the words' places with them; padding is masked.
+The video tower is ViViT's factorised encoder (arXiv:2103.15691 §3.3, model 2), as DALLE2-video has it: blocks within
+each frame, whose tokens' mean becomes the frame's one token; blocks along time; the mean over frames. Positions are
+fixed sinusoids, so that clips of any length and size go that the patch divides. The text tower attends to the text
+encoder's embeddings, which bring the words' places with them; padding is masked.
 """
 
 from __future__ import annotations
