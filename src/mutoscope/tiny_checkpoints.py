@@ -83,7 +83,7 @@ def _write(name: str, folder: Path) -> None:
         vae = AutoencoderKLCogVideoX.from_config(parts["vae"])
         text_encoder = T5EncoderModel(T5Config(**parts["text_encoder"]))
     # Of several processes transformers lets the first alone write, and each of them makes a whole folder here
-    text_encoder.should_save_on_this_rank = lambda is_main_process: True
+    text_encoder.should_save_on_this_rank = lambda is_main_process: True  # type: ignore[method-assign]
     if transformer.config.use_learned_positional_embeddings:
         embed = transformer.patch_embed
         embed.pos_embedding = 0.02 * embed.pos_embedding.float()  # nearly nothing in the real one, too

@@ -267,7 +267,7 @@ class Engine:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Torch's own, in torch.distributed.nn, is deprecated in 2.13, and what takes its place is not in 2.11."""
+    """See `Engine.gather_rows`. (torch.distributed.nn's is deprecated in torch 2.13, for one in a private module.)"""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
