@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mutoscope.autoencoders.conv import ConvAutoencoder
 from mutoscope.config import check
 from mutoscope.errors import ConfigError
 from mutoscope.limits import out_of_limits
@@ -155,6 +156,9 @@ def _contradictions_of_deepspeed(recipe: Recipe) -> Iterator[str]:
     for name, instead in (("ema", 0), ("quantize", "none"), ("weights", "fp32"), ("offload_blocks", 0)):
         if getattr(recipe, name) != instead:
             yield f"recipe.{name}: is not for strategy = deepspeed; set it to {instead}, or strategy to fsdp2 or ddp"
+    if parallel.zero == 3 and isinstance(recipe.model, ConvAutoencoder):
+        yield ("recipe.parallel.zero: with 3, DeepSpeed (0.19) fails in the backward pass of these autoencoders; take "
+               "2, or strategy = fsdp2")  # fmt: skip
     if optim.offload:
         yield 'recipe.optim.offload: with deepspeed, set parallel.offload = "optimizer"'
     if recipe.data.buckets:

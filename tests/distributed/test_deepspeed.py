@@ -14,7 +14,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason='pip install "mutoscope[deepspeed]"'),
 ]
-ZEROS = ("1", "2", "3")
+PAIRS = [(name, zero) for name in MODELS for zero in ("1", "2", "3") if (name, zero) != ("vqvae", "3")]
+"""Of models and stages of ZeRO; of those that are left out see `contradictions.py`."""
 WAYS = [("1", "none"), ("2", "none"), ("3", "none"), ("2", "optimizer"), ("3", "all")]
 """ZeRO's stage, and what is on the CPU's side of it."""
 
@@ -23,10 +24,9 @@ def models(folder: Path, worlds: list[int]) -> list[dict[str, Any]]:
     """Three steps of each model, on one process without DeepSpeed and on so many with it."""
     cases = [steps(1, "none", name, folder / f"{name}-none-1", "--ema", "0") for name in MODELS]
     for world in worlds:
-        for name in MODELS:
-            for zero in ZEROS:
-                flags = ("--ema", "0", "--parallel.zero", zero)
-                cases.append(steps(world, "deepspeed", name, folder / f"{name}-zero{zero}-{world}", *flags))
+        for name, zero in PAIRS:
+            flags = ("--ema", "0", "--parallel.zero", zero)
+            cases.append(steps(world, "deepspeed", name, folder / f"{name}-zero{zero}-{world}", *flags))
     return cases
 
 
@@ -72,15 +72,13 @@ def resumed(folder: Path) -> list[dict[str, Any]]:
     return cases
 
 
-@pytest.mark.parametrize("zero", ZEROS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "zero"), PAIRS)
 def test_steps_of_two_processes_equal_those_of_one(two: Path, name: str, zero: str) -> None:
     check(two, name, zero, 2)
 
 
 @pytest.mark.parametrize("world", [1, 4])
-@pytest.mark.parametrize("zero", ZEROS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "zero"), PAIRS)
 def test_steps_of_one_and_four_processes_equal_those_of_one(others: Path, name: str, zero: str, world: int) -> None:
     check(others, name, zero, world)
 
