@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test slow lint fix bench clean
+.PHONY: setup demo test slow deepspeed lint fix bench clean
 
 setup: .venv/.ready
 
@@ -23,6 +23,11 @@ test: setup          ## the fast suite
 slow: setup          ## the tests that take minutes
 	$(BIN)/pytest -m slow
 
+deepspeed: setup     ## DeepSpeed's own tests; it lies beside .venv, since other libraries import it where they find it
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .deepspeed \
+	    deepspeed einops hjson msgpack ninja py-cpuinfo
+	PYTHONPATH=.deepspeed $(BIN)/pytest -m slow tests/distributed/test_deepspeed.py
+
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
@@ -30,4 +35,4 @@ fix: setup
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .deepspeed .mypy_cache .pytest_cache .ruff_cache

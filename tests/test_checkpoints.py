@@ -410,3 +410,16 @@ def test_a_checkpoint_tells_how_it_was_trained(copy: Path) -> None:
     edit(file, prediction_type="epsilon")
     with pytest.raises(ValueError, match="prediction_type = 'epsilon', not 'v_prediction'"):
         scheduler_fields(str(copy))
+
+
+def test_every_process_makes_a_whole_tiny_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers lets the first of several processes write, and whichever is done first puts its folder in place."""
+    from transformers import PreTrainedModel
+
+    made = {}
+    for rank in (0, 1):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(rank)))
+        monkeypatch.setattr(PreTrainedModel, "should_save_on_this_rank", lambda self, main, rank=rank: rank == 0)
+        folder = make_tiny("cogvideox-t2v")
+        made[rank] = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    assert made[0] == made[1]

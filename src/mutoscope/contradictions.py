@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mutoscope.autoencoders.conv import ConvAutoencoder
 from mutoscope.config import check
 from mutoscope.errors import ConfigError
 from mutoscope.limits import out_of_limits
+from mutoscope.objectives.contrastive import Contrastive
 from mutoscope.objectives.diffusion import Diffusion
 from mutoscope.objectives.tokens import NextToken
 from mutoscope.recipe import ClipSet, Data, Optim, Parallel, Recipe, Sampler, TokenSampler
@@ -58,6 +60,11 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield 'recipe.sampler: tokens are drawn one by one, not by diffusion; set sampler.type = "TokenSampler"'
     if isinstance(recipe.objective, Diffusion) and isinstance(sampler, TokenSampler):
         yield 'recipe.sampler: videos are drawn by diffusion, not token by token; set sampler.type = "Sampler"'
+    if isinstance(recipe.objective, Contrastive):
+        if sampler is not None or recipe.sample_every:
+            yield "recipe.sampler, recipe.sample_every: a contrastive model draws nothing; set them to none and 0"
+        if recipe.text is None:
+            yield "recipe.text: a contrastive model compares videos with captions; set it, to HashedWords for instance"
     if isinstance(sampler, Sampler) and sampler.eta and sampler.method != "ddim":
         yield f"recipe.sampler.eta: only ddim puts noise back, the method is {sampler.method}; set eta = 0"
     if optim.final_lr and optim.schedule == "constant":
@@ -150,6 +157,9 @@ def _contradictions_of_deepspeed(recipe: Recipe) -> Iterator[str]:
     for name, instead in (("ema", 0), ("quantize", "none"), ("weights", "fp32"), ("offload_blocks", 0)):
         if getattr(recipe, name) != instead:
             yield f"recipe.{name}: is not for strategy = deepspeed; set it to {instead}, or strategy to fsdp2 or ddp"
+    if parallel.zero == 3 and isinstance(recipe.model, ConvAutoencoder):
+        yield ("recipe.parallel.zero: with 3, DeepSpeed (0.19) fails in the backward pass of these autoencoders; take "
+               "2, or strategy = fsdp2")  # fmt: skip
     if optim.offload:
         yield 'recipe.optim.offload: with deepspeed, set parallel.offload = "optimizer"'
     if recipe.data.buckets:

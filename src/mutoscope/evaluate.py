@@ -1,7 +1,8 @@
 """What a finished run is worth, in numbers: the verb `mutoscope evaluate`.
 
 An autoencoder is judged on the val clips it reconstructs; a generator on videos that it draws for the val clips'
-conditions. Every figure is described in docs/metrics.md.
+conditions; a contrastive model on which of the val clips it finds for their captions. Every figure is described in
+docs/metrics.md.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from mutoscope.files import replacing
 from mutoscope.metrics.frechet import FrechetDistance, random_conv_features
 from mutoscope.metrics.glyph import GlyphMetric
 from mutoscope.metrics.reconstruction import reconstruct_metrics
+from mutoscope.metrics.retrieval import recall
+from mutoscope.objectives.contrastive import Contrastive
 from mutoscope.pictures import write_grid
 from mutoscope.recipe import Data
 from mutoscope.run import Run
-from mutoscope.sample import Generator, load_generator, reconstruct, sample_videos
+from mutoscope.sample import Generator, inference, load_generator, reconstruct, sample_videos
 from mutoscope.types import NO_LABEL
 
 GRID = 10
@@ -46,7 +49,7 @@ def evaluate_run(
     """Figures of a finished run, also written to RUN/evaluation.json, with a grid of videos beside it.
 
     Args:
-        num: clips to reconstruct, or videos to draw.
+        num: clips to reconstruct or to find each other among, or videos to draw.
         seed: of the drawn videos.
         on_clips: called with the number of clips done since the last call, for progress.
 
@@ -57,7 +60,10 @@ def evaluate_run(
     generator = load_generator(folder, trust_code)
     recipe = generator.recipe
     clips = VideoDataset(_held_out(recipe.data), "val", recipe.seed)
-    judge = _judge_reconstruction if recipe.sampler is None else _judge_samples
+    if isinstance(recipe.objective, Contrastive):
+        judge = _judge_retrieval
+    else:
+        judge = _judge_reconstruction if recipe.sampler is None else _judge_samples
     figures, rows = judge(generator, clips, num, seed, on_clips)
     run = Run(folder)
     write_grid(run.folder / "evaluation", rows, recipe.data.fps or 8)
@@ -86,6 +92,28 @@ def _judge_reconstruction(
     shown = torch.stack([clips[i, i].video for i in range(min(GRID, num))])
     rebuilt = reconstruct(generator, to_pixels(shown.to(generator.device)))
     return figures, [list(shown), list(rebuilt)]
+
+
+def _judge_retrieval(
+    generator: Generator, clips: VideoDataset, num: int, seed: int, on_clips: Callable[[int], None]
+) -> tuple[dict[str, float], list[list[Tensor]]]:
+    """Recall among val clips; some of them above what was found for their captions."""
+    num, embedded, captions = min(num, len(clips)), [], list[str]()
+    for raw in make_loader(clips, iterate_once(clips.groups[:num], generator.recipe.batch_size)):
+        batch = generator.encoder.batch(raw, None)
+        with inference(generator.recipe, generator.model):
+            video, text, _ = generator.model(batch.latents, batch.cond)
+        embedded.append(torch.stack([video, text]).cpu())
+        captions += raw.captions
+        on_clips(len(raw.ids))
+    videos, texts = torch.cat(embedded, dim=1)
+    similarity = videos @ texts.T
+    same = torch.tensor([[a == b for b in captions] for a in captions])
+    figures = {name: float(value) for name, value in recall(similarity, same).items()}
+    figures["distinct_captions"] = len(set(captions)) / num
+    shown = range(min(GRID, num))
+    found = similarity.argmax(0).tolist()
+    return figures, [[clips[i, i].video for i in shown], [clips[found[i], found[i]].video for i in shown]]
 
 
 def _judge_samples(

@@ -53,6 +53,11 @@ class ObjectiveConfig:
         """The loss to validate by, of a model in eval mode: `loss`, unless that hangs on chance."""
         return self.loss(model, batch, draw)
 
+    def over_all(self, rows: Tensor) -> dict[str, Tensor]:
+        """Numbers to validate by that are of all val clips together: of their `Loss.rows`, in the order of clips. They
+        take the place of a mean over batches of the same name."""
+        return {}
+
     def after_step(self, model: nn.Module, all_reduce: Callable[[Tensor], Tensor], skipped: bool = False) -> None:
         """Called with the model itself, unwrapped, after each optimizer step, also after one that was skipped for a
         non-finite loss or gradient. `all_reduce` sums a tensor over processes. For what no gradient updates."""

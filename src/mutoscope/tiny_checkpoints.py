@@ -20,7 +20,7 @@ from mutoscope.randomness import seed_of
 
 IMAGE_VAE_NAME = "sd-vae"
 """An autoencoder by itself, in no folder of a pipeline: as stabilityai/sd-vae-ft-mse is published."""
-VERSION = 1
+VERSION = 2
 """Counts changes to what is made, so that an older one in the cache is never taken for it."""
 
 
@@ -82,6 +82,8 @@ def _write(name: str, folder: Path) -> None:
         transformer = CogVideoXTransformer3DModel.from_config(parts["transformer"])
         vae = AutoencoderKLCogVideoX.from_config(parts["vae"])
         text_encoder = T5EncoderModel(T5Config(**parts["text_encoder"]))
+    # Of several processes transformers lets the first alone write, and each of them makes a whole folder here
+    text_encoder.should_save_on_this_rank = lambda is_main_process: True  # type: ignore[method-assign]
     if transformer.config.use_learned_positional_embeddings:
         embed = transformer.patch_embed
         embed.pos_embedding = 0.02 * embed.pos_embedding.float()  # nearly nothing in the real one, too

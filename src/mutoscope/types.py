@@ -159,6 +159,10 @@ def _cat(parts: list[Tensor | None]) -> Tensor | None:
     return torch.cat(present)
 
 
+def _alone(rows: Tensor) -> Tensor:
+    return rows
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """What an objective learns from. An objective reads the one of `video`, `latents`, `tokens` that it is about."""
@@ -174,6 +178,9 @@ class Batch:
     """Normalised latents (zero mean and unit variance per channel)."""
     tokens: Int[Tensor, "b t h w"] | None = None
     """Codes in [0, vocab)."""
+    gather: Callable[[Float[Tensor, "b d"]], Float[Tensor, "n d"]] = _alone
+    """From rows of these samples to those of all samples of the micro-step, whatever process they are on: these first,
+    then the others', through which gradients go back to where they are from. For losses that compare samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +193,8 @@ class Loss:
     """Detached losses by sample, to name the sample that went wrong."""
     parts: dict[str, Tensor]
     """Detached scalars for the log, means over the batch."""
+    rows: Float[Tensor, "b d"] | None = None
+    """Detached, of losses that compare samples: what each is compared by, for `ObjectiveConfig.over_all`."""
 
 
 class Autoencoder(Protocol):

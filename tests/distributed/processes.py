@@ -13,7 +13,9 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,20 +66,49 @@ def main() -> None:
     from mutoscope.cli import main as mutoscope
     from mutoscope.training import loop
 
-    rank, cases = int(os.environ["RANK"]), json.loads(Path(sys.argv[1]).read_text())
-    if any("deepspeed" in one["argv"] for one in cases):
-        warnings.filterwarnings("ignore")  # of its own there are many
-    for one in cases:
-        if rank >= one["world"]:
-            continue
+    def run(one: dict[str, Any]) -> None:
         print("case", *one["argv"], flush=True)
         os.environ |= {"WORLD_SIZE": str(one["world"]), "MASTER_ADDR": "localhost", "MASTER_PORT": str(one["port"])}
-        if one["world"] == 1 and "ddp" not in one["argv"] and "fsdp2" not in one["argv"]:
+        if one["world"] == 1 and not {"ddp", "fsdp2", "deepspeed"} & set(one["argv"]):
             del os.environ["WORLD_SIZE"]
         drawn: list[Any] = []
         loop.Draw = _recording(drawn)  # type: ignore[misc, assignment]
         mutoscope(one["argv"])
         Path(one["out"], f"drawn-{rank}.json").write_text(json.dumps(drawn))
+
+    rank, cases = int(os.environ["RANK"]), json.loads(Path(sys.argv[1]).read_text())
+    apart = any("deepspeed" in one["argv"] for one in cases)
+    if apart:
+        warnings.filterwarnings("ignore")  # of its own there are many
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed  # noqa: F401  (once, and not in each case; so with those below)
+        from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel  # noqa: F401
+        from peft import LoraConfig  # noqa: F401
+        from transformers import T5EncoderModel  # noqa: F401
+    for one in cases:
+        if rank < one["world"]:
+            _in_a_child(run, one) if apart else run(one)
+
+
+def _in_a_child(run: Callable[[dict[str, Any]], None], one: dict[str, Any]) -> None:
+    """Run a case in a process of its own, since DeepSpeed keeps process groups in global variables."""
+    sys.stdout.flush()
+    if (child := os.fork()) == 0:
+        code = 1
+        try:
+            run(one)
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    if code := os.waitstatus_to_exitcode(status):
+        sys.exit(code)
 
 
 def _recording(drawn: list[Any]) -> type:

@@ -1,52 +1,98 @@
-"""DeepSpeed's ZeRO on two gloo processes trains what one process trains.
-
-DeepSpeed keeps process groups in global variables: each run is in processes of its own.
-"""
+"""DeepSpeed's ZeRO on gloo processes trains what one process trains."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from distributed.processes import case, play
-from distributed.test_strategies import BATCH, assert_close
+from distributed.test_strategies import BATCH, MODELS, assert_close, steps, val_losses
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason='pip install "mutoscope[deepspeed]"'),
 ]
-FLAGS = ("--ema", "0", "--save-every", "2", "--validate-every", "2", "--log-every", "1", "--optim.eps", "1e-4",
-         "--optim.warmup-steps", "3", "--optim.max-grad-norm", "0.1", "--accumulate", "2")  # fmt: skip
+PAIRS = [(name, zero) for name in MODELS for zero in ("1", "2", "3") if (name, zero) != ("vqvae", "3")]
+"""Of models and stages of ZeRO; of those that are left out see `contradictions.py`."""
+WAYS = [("1", "none"), ("2", "none"), ("3", "none"), ("2", "optimizer"), ("3", "all")]
+"""ZeRO's stage, and what is on the CPU's side of it."""
 
 
-def train(out: Path, world: int, steps: int, *parallel: str, recipe: str = "minisora.dit_tiny") -> Path:
-    size = ("--steps", str(steps), "--batch-size", str(BATCH // world))
-    play(out.parent, [case(world, out, recipe, *FLAGS, *size, *parallel)], timeout=900)
-    return out
+def models(folder: Path, worlds: list[int]) -> list[dict[str, Any]]:
+    """Three steps of each model, on one process without DeepSpeed and on so many with it."""
+    cases = [steps(1, "none", name, folder / f"{name}-none-1", "--ema", "0") for name in MODELS]
+    for world in worlds:
+        for name, zero in PAIRS:
+            flags = ("--ema", "0", "--parallel.zero", zero)
+            cases.append(steps(world, "deepspeed", name, folder / f"{name}-zero{zero}-{world}", *flags))
+    return cases
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("one") / "run", 1, 4)
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the models' runs by two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    play(folder, models(folder, [2]), timeout=2400)
+    return folder
 
 
-@pytest.mark.parametrize(
-    ("zero", "offload"), [("1", "none"), ("2", "none"), ("3", "none"), ("2", "optimizer"), ("3", "all")]
-)
-def test_resumed_it_equals_one_process(tmp_path: Path, one: Path, zero: str, offload: str) -> None:
-    flags = ("--parallel.strategy", "deepspeed", "--parallel.zero", zero, "--parallel.offload", offload)
-    train(tmp_path / "run", 2, 2, *flags)
-    assert_close(train(tmp_path / "run", 2, 4, *flags), one)
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the models' runs by one process and by four."""
+    folder = tmp_path_factory.mktemp("others")
+    play(folder, models(folder, [1, 4]), timeout=2400)
+    return folder
 
 
-def test_from_zero_to_fsdp2(tmp_path: Path, one: Path) -> None:
-    train(tmp_path / "run", 2, 2, "--parallel.strategy", "deepspeed", "--parallel.zero", "3")
-    assert_close(train(tmp_path / "run", 2, 4, "--parallel.strategy", "fsdp2"), one)
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of runs that were stopped and went on."""
+    folder = tmp_path_factory.mktemp("stopped")
+    play(folder, resumed(folder), timeout=2400)
+    return folder
 
 
-@pytest.mark.parametrize("zero", ["2", "3"])
-def test_lora(tmp_path: Path, zero: str) -> None:
-    flags = ("--parallel.strategy", "deepspeed", "--parallel.zero", zero)
-    lora = "cogvideox.t2v_lora_tiny"
-    assert_close(train(tmp_path / "two", 2, 2, *flags, recipe=lora), train(tmp_path / "one", 1, 2, recipe=lora))
+def resumed(folder: Path) -> list[dict[str, Any]]:
+    """Runs of four steps, whole on one process, and stopped after two on two to go on."""
+    flags = ("--ema", "0", "--save-every", "2", "--validate-every", "0", "--log-every", "1", "--optim.eps", "1e-4",
+             "--optim.warmup-steps", "3", "--optim.max-grad-norm", "0.1", "--accumulate", "2")  # fmt: skip
+
+    def run(out: str, steps: int, world: int, strategy: str, *more: str) -> dict[str, Any]:
+        size = ("--steps", str(steps), "--batch-size", str(BATCH // world), "--parallel.strategy", strategy)
+        return case(world, folder / out, "minisora.dit_tiny", *flags, *size, *more)
+
+    cases = [run("whole", 4, 1, "none")]
+    for zero, offload in WAYS:
+        way = ("--parallel.zero", zero, "--parallel.offload", offload)
+        cases += [run(f"part-{zero}-{offload}", count, 2, "deepspeed", *way) for count in (2, 4)]
+    cases.append(run("to-fsdp2", 2, 2, "deepspeed", "--parallel.zero", "3"))
+    cases.append(run("to-fsdp2", 4, 2, "fsdp2"))
+    return cases
+
+
+@pytest.mark.parametrize(("name", "zero"), PAIRS)
+def test_steps_of_two_processes_equal_those_of_one(two: Path, name: str, zero: str) -> None:
+    check(two, name, zero, 2)
+
+
+@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize(("name", "zero"), PAIRS)
+def test_steps_of_one_and_four_processes_equal_those_of_one(others: Path, name: str, zero: str, world: int) -> None:
+    check(others, name, zero, world)
+
+
+def check(folder: Path, name: str, zero: str, world: int) -> None:
+    many, one = folder / f"{name}-zero{zero}-{world}", folder / f"{name}-none-1"
+    assert_close(many, one)
+    assert val_losses(many) == pytest.approx(val_losses(one), rel=1e-5)
+
+
+@pytest.mark.parametrize(("zero", "offload"), WAYS)
+def test_resumed_it_equals_one_process(stopped: Path, zero: str, offload: str) -> None:
+    assert_close(stopped / f"part-{zero}-{offload}", stopped / "whole")
+
+
+def test_from_zero_to_fsdp2(stopped: Path) -> None:
+    assert_close(stopped / "to-fsdp2", stopped / "whole")

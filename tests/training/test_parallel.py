@@ -17,7 +17,7 @@ from mutoscope.recipe import Lora, Optim, Parallel, Recipe
 from mutoscope.training.deepspeed import configuration
 from mutoscope.training.engine import Engine, _mesh_shape
 
-RECIPE = load_recipe("minisora.dit_tiny")
+RECIPE, VQVAE = load_recipe("minisora.dit_tiny"), load_recipe("minisora.vqvae_tiny")
 
 
 def spread(strategy: str, changes: dict[str, Any] | None = None, **parallel: Any) -> Recipe:
@@ -42,6 +42,7 @@ def spread(strategy: str, changes: dict[str, Any] | None = None, **parallel: Any
         (spread("deepspeed", {"ema": 0.9}), "ema: is not for strategy = deepspeed"),
         (spread("deepspeed", {"lora": Lora(), "quantize": "int8"}), "quantize: is not for strategy = deepspeed"),
         (spread("deepspeed", offload="all"), "set zero = 3"),
+        (spread("deepspeed", {"model": VQVAE.model}, zero=3), "take 2, or strategy = fsdp2"),
     ],
 )
 def test_what_cannot_be_together(recipe: Recipe, told: str) -> None:

@@ -80,8 +80,12 @@ def _few(count: int) -> int:
 
 
 def _alike(blocks: Sequence[nn.Module]) -> bool:
-    """Whether all blocks have the same parameters and buffers."""
-    about = lambda block: [(name, x.shape, x.dtype) for name, x in block.state_dict(keep_vars=True).items()]
+    """Whether all blocks have the same parameters and buffers, and are of one tower where a model has several."""
+
+    def about(block: nn.Module) -> list[object]:
+        state = block.state_dict(keep_vars=True)
+        return [getattr(block, "tower", None), *((name, x.shape, x.dtype) for name, x in state.items())]
+
     return all(type(b) is type(blocks[0]) and about(b) == about(blocks[0]) for b in blocks)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -42,6 +43,8 @@ class DeepSpeedState:
             import deepspeed
         except ImportError as error:
             raise ImportError('parallel.strategy = deepspeed needs it: pip install "mutoscope[deepspeed]"') from error
+        if engine.device.type == "cpu":  # it would compile a C++ extension, for a minute, that only inference uses
+            deepspeed.ops.__compatible_ops__ = defaultdict(bool)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         engine.check_in_sync(model)
         self.model, self.engine, self.zero = model, engine, recipe.parallel.zero

@@ -241,6 +241,14 @@ class Engine:
         dist.all_gather_object(everyone, texts)
         return [text for texts in everyone for text in texts]
 
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """(b, d) of each process -> (world · b, d): this process's own rows first, then those of the ranks after it.
+        Gradients go back to where rows are from, summed over processes."""
+        if not dist.is_initialized():
+            return rows
+        gathered: Tensor = _GatherRows.apply(rows)
+        return gathered
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if dist.is_initialized():
@@ -301,6 +309,23 @@ class Engine:
         """Leave the other processes."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+class _GatherRows(torch.autograd.Function):
+    """See `Engine.gather_rows`. (torch.distributed.nn's is deprecated in torch 2.13, for one in a private module.)"""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts).roll(-dist.get_rank() * len(rows), 0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        size, rank = len(gradient) // dist.get_world_size(), dist.get_rank()
+        gradient = gradient.roll(rank * size, 0)
+        dist.all_reduce(gradient)
+        return gradient[rank * size : (rank + 1) * size]
 
 
 def _meet(rank: int, world: int, timeout: timedelta) -> tuple[Store, str]:

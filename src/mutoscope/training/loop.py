@@ -222,7 +222,7 @@ def _forward_backward(
     done = []
     for micro, raw in enumerate(clips):
         draw = Draw(recipe.seed, "train", raw.samples, engine.device)
-        batch = encoder.batch(raw, draw)
+        batch = replace(encoder.batch(raw, draw), gather=engine.gather_rows)
         with state.micro_step(last=micro == recipe.accumulate - 1):
             with torch.autocast(engine.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
                 loss = recipe.objective.loss(state.trainee, batch, draw)
@@ -256,7 +256,7 @@ def _validate(
         raise ValueError(f"data: {size} val clips are too few for {engine.data_world} processes, or groups that share "
                          "their samples; recipe.validate_every = 0")  # fmt: skip
     totals: dict[str, Tensor] = {}
-    count = torch.zeros((), device=engine.device)
+    count, rows = torch.zeros((), device=engine.device), torch.zeros(0, device=engine.device)
     state.model.eval()
     with torch.no_grad(), state.averaged():
         share = iterate_once(source.groups[:size], recipe.batch_size, engine.data_rank, engine.data_world)
@@ -268,10 +268,16 @@ def _validate(
             for key, value in ({"loss": loss.total} | loss.parts).items():
                 totals[key] = totals.get(key, 0) + value.float() * len(batch.ids) * counts
             count += len(batch.ids) * counts
+            if loss.rows is not None and counts:
+                rows = rows if len(rows) else loss.rows.new_zeros(size, loss.rows.shape[1])
+                rows[raw.samples] = loss.rows
     means = torch.stack(list(totals.values()))
     means = engine.sum(means) / engine.sum(count)
-    log.scalars(state.step, {f"val_{k}": v for k, v in zip(totals, means.tolist(), strict=True)})
-    log.say(f"step {state.step}: validation loss {means[0]:.4f}")
+    figures = dict(zip(totals, means.tolist(), strict=True))
+    if len(rows):
+        figures |= {name: float(value) for name, value in recipe.objective.over_all(engine.sum(rows)).items()}
+    log.scalars(state.step, {f"val_{name}": value for name, value in figures.items()})
+    log.say(f"step {state.step}: validation loss {figures['loss']:.4f}")
 
 
 def _preview(

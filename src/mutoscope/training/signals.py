@@ -1,4 +1,8 @@
-"""SIGTERM and SIGINT ask for a stop at the end of the step; a second one is no longer caught."""
+"""SIGTERM and SIGINT ask for a stop at the end of the step. A second SIGINT, of someone who won't wait, is not caught.
+
+A second SIGTERM is, and changes nothing: where a scheduler sends it to all processes of a job, torchrun passes on its
+own as well.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ class StopFlag:
 
 @contextmanager
 def stopping_softly() -> Iterator[StopFlag]:
-    """Inside the block, the first SIGTERM or SIGINT sets the flag; the second acts as it would without us.
+    """Inside the block, SIGTERM and SIGINT set the flag; after the first of them SIGINT acts as it would without us.
 
     Outside the main thread, which alone may handle signals, it does nothing.
     """
@@ -36,9 +40,8 @@ def stopping_softly() -> Iterator[StopFlag]:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def note(number: int, frame: FrameType | None) -> None:
-        flag.signal_number = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        flag.signal_number = flag.signal_number or number
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     for number in before:
         signal.signal(number, note)
