@@ -3,7 +3,7 @@
     python -m benchmarks.encode [--clips 640] [--few 128] [--repeats 1] [--peer .]
 
 All encode the same clips with the same autoencoder (CogVideoX's, tiny, in fp32), with one thread in each process. The
-clips are distinct mp4 files of 17x96x160. The peer is Ray Data as its documentation has it: a pool of two actors that
+clips are distinct mp4 files of 9x64x96. The peer is Ray Data as its documentation has it: a pool of two actors that
 load the model once, a row for each file, a .npy file for each clip; it decodes by our decoder, so that only the
 pipelines differ. It has no captions, no hashes, no list of clips and no index. --peer is accepted for the sake of one
 form for all benchmarks and not used.
@@ -42,7 +42,7 @@ from mutoscope.loading import load_recipe
 from mutoscope.recipe import Recipe
 from mutoscope.toml import dump_toml
 
-FRAMES, HEIGHT, WIDTH = 17, 96, 160
+FRAMES, HEIGHT, WIDTH = 9, 64, 96
 WORKERS = 2
 OURS = {
     "1 process": ["--workers", "1"],
