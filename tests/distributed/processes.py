@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ def main() -> None:
     warnings.filterwarnings("error")  # first: our own exceptions from it come with the imports
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")  # dynamo looks
+    from measured import measured
+
     from mutoscope.cli import main as mutoscope
     from mutoscope.training import loop
 
@@ -76,7 +79,8 @@ def main() -> None:
             del os.environ["WORLD_SIZE"]
         drawn: list[Any] = []
         loop.Draw = _recording(drawn)  # type: ignore[misc, assignment]
-        mutoscope(one["argv"])
+        with measured(Path(one["out"]), rank) if one.get("measured") else nullcontext():
+            mutoscope(one["argv"])
         Path(one["out"], f"drawn-{rank}.json").write_text(json.dumps(drawn))
 
 
