@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 BASE_LATENCY, WITHIN_LATENCY, BETWEEN_LATENCY = 8.4e-6, 3.4e-6, 14e-6
-"""Seconds: of a collective, and of each of its steps over NVLink and over the network (NCCL's own model of its rings,
-protocol Simple: src/graph/tuning.cc)."""
+"""Seconds: of a collective, and of each of its steps over NVLink and over the network (NCCL's own model, protocol
+Simple, the larger of rings and trees: src/graph/tuning.cc)."""
+TREE_SPEED = 0.92
+"""Of a tree, beside a ring; likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +112,8 @@ def ring(size: float, members: int, stride: int, passes: int, cluster: Cluster) 
 
     passes: 1 for all-gather and reduce-scatter, which send (N−1)/N of the size, 2 for all-reduce, which is one after
     the other (Patarasuk and Yuan 2009, doi:10.1016/j.jpdc.2008.09.002). Of a ring's links one in each node leaves it,
-    and NCCL has as many rings as there are network ports, so that every port carries its share.
+    and NCCL has as many rings as there are network ports, so that every port carries its share. An all-reduce goes
+    through a tree where that is sooner done.
     """
     if members == 1 or not size:
         return Sent()
@@ -118,8 +122,10 @@ def ring(size: float, members: int, stride: int, passes: int, cluster: Cluster) 
     sent = passes * (members - 1) / members * size
     between = sent / local if nodes > 1 else 0.0
     hops_between = passes * (nodes - 1)
-    latency = (
-        BASE_LATENCY + hops_between * BETWEEN_LATENCY + (passes * (members - 1) - hops_between) * WITHIN_LATENCY
-    )  # fmt: skip
+    hops_within = passes * (members - 1) - hops_between
     slowest = max((sent - between) / cluster.within, between / cluster.between) / cluster.reached
-    return Sent(sent - between, between, latency + slowest)
+    seconds = slowest + hops_within * WITHIN_LATENCY + hops_between * BETWEEN_LATENCY
+    if passes == 2:  # up a tree of nodes and down again: as many bytes, and fewer steps
+        up = (local - 1) * WITHIN_LATENCY + math.log2(nodes) * BETWEEN_LATENCY
+        seconds = min(seconds, slowest / TREE_SPEED + 2 * up)
+    return Sent(sent - between, between, BASE_LATENCY + seconds)

@@ -117,8 +117,8 @@ def about(cluster: Cluster) -> list[str]:
 
 
 def header(found: Sequence[Choice]) -> list[str]:
-    """Of a table: memory by part in GiB, what a GPU sends in a step in GB."""
-    ends = ["peak GiB", "GB in node", "GB to others", "step s", "samples/s", "MFU", "fits"]
+    """Of a table: memory by part in GiB, what a GPU sends in a step in GB, and how long it does not compute."""
+    ends = ["peak GiB", "GB in node", "GB to others", "step s", "waits s", "samples/s", "MFU", "fits"]
     return ["strategy", *_parts(found), *ends]
 
 
@@ -132,6 +132,7 @@ def rows(found: Sequence[Choice], memory: int) -> list[list[str]]:
             f"{done.sent.within / 1e9:.2f}",
             f"{done.sent.between / 1e9:.2f}",
             figure(done.seconds),
+            figure(done.seconds - done.computing),
             figure(done.samples / done.seconds),
             f"{done.mfu:.1%}",
             "yes" if choice.fits(memory) else "no",

@@ -29,8 +29,10 @@ class _Found:
 
     blocks: list[Unit] = field(default_factory=list)
     rest: Unit = ()
-    undivided: int = 0
-    """Bytes of buffers and of scales, which are whole on every process."""
+    undivided: list[int] = field(default_factory=list)
+    """Bytes of each block's buffers and scales, which are whole on every process."""
+    undivided_rest: int = 0
+    """Those outside of blocks."""
 
 
 def work_of(recipe: Recipe, device: Device = "cuda", whole: nn.Module | None = None) -> Work:
@@ -49,7 +51,7 @@ def work_of(recipe: Recipe, device: Device = "cuda", whole: nn.Module | None = N
     return Work(
         blocks=tuple((found.blocks * count)[:count]),  # where a few were enough, all are alike
         rest=found.rest,
-        undivided={"weights": found.undivided} | encoders,
+        undivided={"weights": sum((found.undivided * count)[:count]) + found.undivided_rest} | encoders,
         optimizer=replica.peak_parts.get("optimizer", 0) / replica.trainable,
         ema=FP32 if recipe.ema else 0,
         moments=tuple(_moments(account, count)),
@@ -73,8 +75,10 @@ def _gathered(frozen: dict[str, nn.Module], found: _Found, recipe: Recipe, model
     if len(blocks) >= len(found.blocks):
         found.blocks = [_unit(list(block.parameters()), scales, recipe) for block in blocks]
         found.rest = _unit([p for p in model.parameters() if id(p) not in in_blocks], scales, recipe)
-        found.undivided = sum(x.nbytes for x in model.buffers())
-        found.undivided += sum(p.nbytes for p in model.parameters() if id(p) in scales)
+        of = lambda module: sum(x.nbytes for x in [*module.buffers(), *module.parameters()] if id(x) not in divided)
+        divided = {id(p) for p in model.parameters()} - scales
+        found.undivided = [of(block) for block in blocks]
+        found.undivided_rest = of(model) - sum(found.undivided)
     for p in model.parameters():
         if recipe.precision == "bf16" and p.is_floating_point() and id(p) not in scales:
             p.data = p.data.bfloat16()
