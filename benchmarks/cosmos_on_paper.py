@@ -23,7 +23,6 @@ from mutoscope.estimate.networks import make_fake
 from mutoscope.estimate.plan import Choice, about, fastest, figure, flags_of, header, rows, ways
 from mutoscope.estimate.strategies import FP32, Moment, Unit, Weight, Work, parts_of, step
 from mutoscope.estimate.tracker import Account, CudaAutocast, Tracker, backward
-from mutoscope.parallel import Parallel
 
 CLIP = (121, 704, 1280)
 LATENTS = (16, 16, 88, 160)
@@ -141,8 +140,8 @@ def report() -> list[str]:
     best = [fastest(choices, cluster.memory) for choices, cluster in zip(found, clusters, strict=True)]
     state = (FP32 + 8 + made.ema) * made.trained
     lines = [
-        f"{made.numbers / 1e9:.3f} billion weights, {TOKENS:,} tokens of {' × '.join(map(str, CLIP))}, batch size 1 for "
-        f"each GPU, {made.flops_forward / 1e12:,.0f} TFLOP forward and as much recomputed: "
+        f"{made.numbers / 1e9:.3f} billion weights, {TOKENS:,} tokens of {' × '.join(map(str, CLIP))}, batch size 1 "
+        f"for each GPU, {made.flops_forward / 1e12:,.0f} TFLOP forward and as much recomputed: "
         f"{4 * made.flops_forward / 1e15:.1f} PFLOP executed in a step, {3 * made.flops_forward / 1e15:.1f} of them "
         "model FLOPs.",
     ]

@@ -1,6 +1,6 @@
 """What `mutoscope show --gpus 2` expects two gloo processes to hold and to send, against what they do.
 
-Peaks are within 10 %: gloo copies what it gathers and adds up once more, which nccl does not and the formulas leave out.
+Peaks are within 10 %: gloo copies what it gathers and adds up once more, which nccl does not, nor do the formulas.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from mutoscope.estimate.strategies import memory, resident, step
 from mutoscope.estimate.work import work_of
 from mutoscope.loading import load_recipe
 from mutoscope.overrides import override
+
+pytestmark = pytest.mark.slow
 
 RECIPE = "minisora.dit_tiny"
 SIZES = ("--model.width", "256", "--model.heads", "4", "--model.depth", "8", "--model.attention", "joint",
@@ -48,8 +50,8 @@ def test_two_processes_hold_and_send_what_was_expected(runs: Path, way: str) -> 
     held, sent = found[0]["held"], found[0]["sent"]
     peak = sum(memory(work, recipe.parallel, TWO).values())
     if way == "ddp":
-        weights = held["weights"]
-        assert work.replica["gradients"] == held["gradients"] + held["buckets"] == 2 * weights
+        assert held["gradients"] == held["buckets"] == held["weights"]
+        assert work.replica["gradients"] == pytest.approx(2 * held["weights"], rel=0.01)  # the last one comes later
         assert {part: work.replica[part] for part in ("weights", "optimizer", "ema")} == {
             part: held[part] for part in ("weights", "optimizer", "ema")
         }

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.cosmos_on_paper import BLOCKS, block, forward_flops, in_a_block, report, rest
 from diffusers import CosmosTransformer3DModel
 
+from benchmarks.cosmos_on_paper import BLOCKS, block, forward_flops, in_a_block, report, rest
 from mutoscope.estimate.strategies import numbers
 
 PAGE = Path(__file__).parents[2] / "docs" / "cluster.md"

@@ -75,8 +75,8 @@ def _gathered(frozen: dict[str, nn.Module], found: _Found, recipe: Recipe, model
     if len(blocks) >= len(found.blocks):
         found.blocks = [_unit(list(block.parameters()), scales, recipe) for block in blocks]
         found.rest = _unit([p for p in model.parameters() if id(p) not in in_blocks], scales, recipe)
-        of = lambda module: sum(x.nbytes for x in [*module.buffers(), *module.parameters()] if id(x) not in divided)
         divided = {id(p) for p in model.parameters()} - scales
+        of = lambda module: sum(x.nbytes for x in [*module.buffers(), *module.parameters()] if id(x) not in divided)
         found.undivided = [of(block) for block in blocks]
         found.undivided_rest = of(model) - sum(found.undivided)
     for p in model.parameters():
