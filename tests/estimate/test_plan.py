@@ -50,8 +50,10 @@ def test_work_is_that_of_the_estimate(recipe: Recipe) -> None:
     assert work.flops_forward * work.accumulate == cost.flops_forward
     assert work.flops_recomputed * work.accumulate == cost.flops_recomputed
     assert work.bf16 == (recipe.precision == "bf16")
-    # all but what the first layer would hand on to the pixels, and the time's to its table
-    assert work.flops_backward == pytest.approx((1.2 if recipe.lora else 2) * work.flops_forward, rel=0.1)
+    if recipe.lora:  # no gradients of frozen weights
+        assert work.flops_forward < work.flops_backward < 1.7 * work.flops_forward
+    else:  # all but what the first layer would hand on to the pixels
+        assert work.flops_backward == pytest.approx(2 * work.flops_forward, rel=0.1)
 
 
 def test_gathered_in_bf16_under_mixed_precision() -> None:
