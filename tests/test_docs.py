@@ -114,7 +114,15 @@ def test_the_commands_of_the_guide_to_cogvideox(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "CONTRIBUTING.md", "docs/concepts.md", "docs/metrics.md", "docs/benchmarks.md", "docs/tokens.md"],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/concepts.md",
+        "docs/metrics.md",
+        "docs/benchmarks.md",
+        "docs/tokens.md",
+        "docs/cluster.md",
+    ],
 )
 def test_files_that_documents_name_exist(document: str) -> None:
     text = (ROOT / document).read_text()

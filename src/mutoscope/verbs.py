@@ -22,6 +22,7 @@ from mutoscope.on_recipe import OnRecipe
 from mutoscope.workers import worker_context
 
 if TYPE_CHECKING:
+    from mutoscope.estimate.cluster import Cluster
     from mutoscope.training.engine import Engine
 
 
@@ -59,6 +60,21 @@ class Show(OnRecipe):
     TOML files start with the line `#:schema ./recipe.schema.json`."""
     gpu_memory: str | None = None
     """Of a GPU, such as 24GB or 22.5GiB: say whether training fits into it, and which options would make it fit."""
+    gpus: int = 1
+    """With 2 or more: a table of all ways to spread the work over them, with memory, communication and expected time,
+    and the fastest that fits."""
+    gpu: Literal["a100", "h100", "h200"] = "h100"
+    """Of --gpus: its memory, speed and links, by its data sheet; the options below and --gpu-memory say otherwise."""
+    gpus_per_node: int = 8
+    """Of --gpus."""
+    tflops: float | None = None
+    """A GPU's peak in bf16 and without sparsity, in TFLOP/s."""
+    hfu: float = 0.45
+    """What GPUs reach of it while they compute, with what is recomputed."""
+    within_node: float | None = None
+    """GB/s from a GPU to others of its node, one way."""
+    between_nodes: float | None = None
+    """GB/s from a GPU to other nodes, one way."""
 
     def run(self, flags: Sequence[str]) -> None:
         from mutoscope.estimate.report import describe
@@ -73,10 +89,27 @@ class Show(OnRecipe):
         if self.json_schema:
             print(json.dumps(json_schema(recipe, LIMITS), indent=2, ensure_ascii=False))
             return
-        summary = describe(recipe, memory)  # first: a recipe whose shapes don't fit is told, and not printed
+        cluster = self._cluster(memory)
+        summary = describe(recipe, memory, cluster)  # first: a recipe whose shapes don't fit is told, and not printed
         function = find_function(self.recipe, trust_code=self.trusts)
         print(dump_toml(recipe, header=inspect.getdoc(function) or "" if function else ""))
         print("\n".join(f"# {line}".rstrip() for line in summary.splitlines()))
+
+    def _cluster(self, memory: int | None) -> Cluster | None:
+        """What the options tell of several GPUs."""
+        from mutoscope.estimate.cluster import cluster_of
+
+        alone = Show(recipe=self.recipe)
+        about_many = ("gpu", "gpus_per_node", "tflops", "hfu", "within_node", "between_nodes")
+        if self.gpus == 1:
+            if given := [name for name in about_many if getattr(self, name) != getattr(alone, name)]:
+                raise ConfigError(f"--{given[0].replace('_', '-')}: is about several GPUs; say how many by --gpus")
+            return None
+        scaled = lambda x, unit: None if x is None else x * unit
+        return cluster_of(
+            self.gpu, gpus=self.gpus, per_node=self.gpus_per_node, memory=memory, bf16=scaled(self.tflops, 1e12),
+            hfu=self.hfu, within=scaled(self.within_node, 1e9), between=scaled(self.between_nodes, 1e9),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

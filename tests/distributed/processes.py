@@ -16,6 +16,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ def main() -> None:
     warnings.filterwarnings("error")  # first: our own exceptions from it come with the imports
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")  # dynamo looks
+    from measured import measured
+
     from mutoscope.cli import main as mutoscope
     from mutoscope.training import loop
 
@@ -73,7 +76,8 @@ def main() -> None:
             del os.environ["WORLD_SIZE"]
         drawn: list[Any] = []
         loop.Draw = _recording(drawn)  # type: ignore[misc, assignment]
-        mutoscope(one["argv"])
+        with measured(Path(one["out"]), rank) if one.get("measured") else nullcontext():
+            mutoscope(one["argv"])
         Path(one["out"], f"drawn-{rank}.json").write_text(json.dumps(drawn))
 
     rank, cases = int(os.environ["RANK"]), json.loads(Path(sys.argv[1]).read_text())

@@ -25,6 +25,10 @@ STORE = "runs/latents"
 """Where advice supposes latents to be."""
 
 
+PeakOf = Callable[[Recipe, nn.Module | None], int]
+"""Bytes that training a recipe takes at its peak, by its network's shapes, where they are at hand."""
+
+
 @dataclass(frozen=True)
 class Lever:
     """A way to less memory."""
@@ -68,12 +72,13 @@ class Advice:
         return self.reached + RESERVE <= self.memory
 
 
-def advise(recipe: Recipe, memory: int, whole: nn.Module | None = None) -> Advice:
+def advise(recipe: Recipe, memory: int, whole: nn.Module | None = None, peak_of: PeakOf | None = None) -> Advice:
     """What it takes to train this recipe in so many bytes of a GPU. whole: as for `estimate`, which is the source of
-    errors."""
+    errors. peak_of: what is to become small enough; None takes `training_peak`."""
+    peak_of = peak_of or training_peak
     recipe = at_largest_bucket(recipe.model.complete(recipe))
     whole = shapes_of(recipe) if whole is None else whole
-    peak, steps = training_peak(recipe, whole), []
+    peak, steps = peak_of(recipe, whole), []
     now, least = recipe, peak
     for lever in levers(recipe, len(getattr(whole, "blocks", ()))):
         if least + RESERVE <= memory:
@@ -81,13 +86,13 @@ def advise(recipe: Recipe, memory: int, whole: nn.Module | None = None) -> Advic
         pulled = lever.pull(now)
         if pulled == now or not _allowed(pulled):
             continue
-        reached = training_peak(pulled, whole if pulled.model == recipe.model else None)
+        reached = peak_of(pulled, whole if pulled.model == recipe.model else None)
         if reached < (1 - WORTH) * least:
             steps.append(Step(lever, pulled, reached))
             now, least = pulled, reached
-    steps = _needed(recipe, steps, memory, whole)
+    steps = _needed(recipe, steps, memory, whole, peak_of)
     least = steps[-1].peak if steps else peak
-    shorter = _shorter(steps[-1].recipe if steps else recipe) if least + RESERVE > memory else None
+    shorter = _shorter(steps[-1].recipe if steps else recipe, peak_of) if least + RESERVE > memory else None
     return Advice(memory=memory, peak=peak, steps=tuple(steps), shorter=shorter)
 
 
@@ -167,7 +172,7 @@ def _allowed(recipe: Recipe) -> bool:
     return True
 
 
-def _needed(recipe: Recipe, steps: list[Step], memory: int, whole: nn.Module) -> list[Step]:
+def _needed(recipe: Recipe, steps: list[Step], memory: int, whole: nn.Module, peak_of: PeakOf) -> list[Step]:
     """Without those levers that the last ones have made superfluous; the dearest are tried first."""
     if not steps or steps[-1].peak + RESERVE > memory:
         return steps
@@ -178,20 +183,20 @@ def _needed(recipe: Recipe, steps: list[Step], memory: int, whole: nn.Module) ->
                 now = step.lever.pull(now)
                 found.append((step.lever, now))
         same = now.model == recipe.model
-        if _allowed(now) and training_peak(now, whole if same else None) + RESERVE <= memory:
-            kept = [Step(lever, r, training_peak(r, whole if r.model == recipe.model else None)) for lever, r in found]
-            return _needed(recipe, kept, memory, whole)
+        if _allowed(now) and peak_of(now, whole if same else None) + RESERVE <= memory:
+            kept = [Step(lever, r, peak_of(r, whole if r.model == recipe.model else None)) for lever, r in found]
+            return _needed(recipe, kept, memory, whole, peak_of)
     return steps
 
 
-def _shorter(recipe: Recipe) -> tuple[int, int] | None:
+def _shorter(recipe: Recipe, peak_of: PeakOf) -> tuple[int, int] | None:
     """About half the frames, as the model takes them, and the peak with them."""
     data, spec = recipe.data, latent_spec(recipe.autoencoder)
     latents = spec.latent_shape(data.frames, data.height, data.width)[0]
     for count in range(latents // 2, 0, -1):
         frames = spec.pixel_shape(count, 1, 1)[0]
         try:
-            return frames, training_peak(replace(recipe, data=replace(data, frames=frames)))
+            return frames, peak_of(replace(recipe, data=replace(data, frames=frames)), None)
         except ValueError:  # the model says which it takes
             continue
     return None

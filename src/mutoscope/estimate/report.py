@@ -7,14 +7,17 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from mutoscope.estimate.advice import RESERVE, Advice, advise
+from mutoscope.estimate.cluster import Cluster
 from mutoscope.estimate.networks import shapes_of
 from mutoscope.estimate.phases import phases
+from mutoscope.estimate.plan import plan
 from mutoscope.estimate.step import at_largest_bucket, estimate
 from mutoscope.recipe import Recipe
 
 
-def describe(recipe: Recipe, memory: int | None = None) -> str:
-    """The estimate in plain lines. memory: bytes of a GPU, to say whether it suffices and what to do if not.
+def describe(recipe: Recipe, memory: int | None = None, cluster: Cluster | None = None) -> str:
+    """The estimate in plain lines. memory: bytes of a GPU, to say whether it suffices and what to do if not; with a
+    cluster it is that that says what its GPUs have, and how all of them would do.
 
     Raises as `estimate`.
     """
@@ -45,7 +48,11 @@ def describe(recipe: Recipe, memory: int | None = None) -> str:
         rows.append(("  encoding", f"{_count(cost.flops_encode)} more, by the autoencoder"))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:{width}}  {value}" for name, value in rows]
-    return "\n".join(lines + (["", *_advice(advise(recipe, memory, whole))] if memory is not None else []))
+    if cluster is not None:
+        lines += ["", *plan(recipe, cluster, whole)]
+    elif memory is not None:
+        lines += ["", *_advice(advise(recipe, memory, whole))]
+    return "\n".join(lines)
 
 
 def _settings(recipe: Recipe) -> str:

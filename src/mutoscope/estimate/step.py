@@ -181,6 +181,18 @@ def train_step(
     """An optimizer step, the last micro-step alone. Called inside of the tracker, which forgets earlier peaks."""
     for p in (p for p in model.parameters() if p.requires_grad):
         p.register_post_accumulate_grad_hook(partial(_tell_gradient, tracker))
+    micro_step(recipe, model, encoder, tracker)
+    with tracker.phase("step"):
+        clip_gradients(optimizers, gradient_norms(optimizers), recipe.optim.max_grad_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if ema:
+            ema.update(model, 1)
+
+
+def micro_step(recipe: Recipe, model: nn.Module, encoder: Encoder, tracker: Tracker) -> None:
+    """Batch, forward and backward pass. Called inside of the tracker, which forgets earlier peaks."""
     tracker.forget()
     clips = fake_clips(recipe, encoder)
     draw = Draw(recipe.seed, "estimate", clips.samples)
@@ -194,13 +206,6 @@ def train_step(
             loss = recipe.objective.loss(model, batch, draw)
         with tracker.phase("backward"):
             backward(loss.total / recipe.accumulate)
-    with tracker.phase("step"):
-        clip_gradients(optimizers, gradient_norms(optimizers), recipe.optim.max_grad_norm)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if ema:
-            ema.update(model, 1)
 
 
 def resident_state(

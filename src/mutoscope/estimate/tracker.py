@@ -40,7 +40,7 @@ class Account:
     segments: dict[str, Counter[str]] = field(default_factory=dict)
     """Bytes by part at the moment when most lived, for each segment of the step."""
     flops: Counter[str] = field(default_factory=Counter)
-    """By phase."""
+    """By phase; "recomputed" apart from the backward pass; and "in bf16" those of all phases that are."""
     kept: Counter[str] = field(default_factory=Counter)
     """Bytes of what a checkpoint holds, by part."""
 
@@ -152,7 +152,10 @@ class Tracker(TorchDispatchMode):
         if func is aten.convolution_backward.default and self.device == "cpu":
             self._note_peak(scratch=sum(t.nbytes for t in args[:2] if not _is_channels_last(t)))
         if (formula := _FLOPS.get(func.overloadpacket)) is not None:
-            self.account.flops["recomputed" if self._again else self._phase] += formula(*args, **kwargs, out_val=out)
+            count = formula(*args, **kwargs, out_val=out)
+            self.account.flops["recomputed" if self._again else self._phase] += count
+            if args[0].dtype == torch.bfloat16:
+                self.account.flops["in bf16"] += count
         return out
 
     def _on_host(self, args: Any) -> bool:
@@ -248,10 +251,16 @@ def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: A
     return 2 * query.shape[:-1].numel() * key.shape[-2] * (key.shape[-1] + value.shape[-1])
 
 
+def _attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Four matrix products. A kernel has a fifth, of what it did not keep, that model FLOPs do not count."""
+    return 2 * _attention_flops(query, key, value)
+
+
 # torch's counter does not know the CPU's attention, and so sees none of it there
 _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
 
 
