@@ -57,10 +57,10 @@ def test_work_is_that_of_the_estimate(recipe: Recipe) -> None:
 
 
 def test_gathered_in_bf16_under_mixed_precision() -> None:
-    """And so without autocast's copies, which DDP has."""
+    """And so without autocast's copies, which DDP has: of nearly all weights, where its peak is."""
     work = work_of(replace(DIT, precision="bf16"))
     assert {(w.kept, w.gathered) for unit in work.units for w in unit} == {(4, 2)}
-    assert max(m.activations for m in work.moments) < work.replica["activations"] - 2 * 0.9 * work.trained
+    assert max(m.activations for m in work.moments) < work.replica["activations"] - 2 * 0.85 * work.trained
 
 
 def test_the_fastest_that_fits_is_taken_and_of_equals_the_simplest() -> None:
