@@ -67,7 +67,9 @@ def main() -> None:
     rows, errors = [], []
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, recipe in RECIPES.items():
-        estimated, measured = estimate(recipe, device).peak_bytes / 2**20, measure(recipe)
+        cost = estimate(recipe, device)
+        step = cost.peak_bytes - cost.peak_parts.get("checkpoint", 0)
+        estimated, measured = step / 2**20, measure(recipe)
         errors.append(estimated / measured - 1)
         rows.append([name, f"{estimated:.0f}", f"{measured:.0f}", f"{errors[-1]:+.1%}"])
     table(["training step", "estimate MiB", "measured MiB", "error"], rows)

@@ -121,15 +121,15 @@ MEASURED = {
 @pytest.mark.slow  # measures the whole process, so that it wants one to itself
 @pytest.mark.parametrize("recipe", MEASURED.values(), ids=MEASURED.keys())
 def test_memory_is_what_training_allocates(recipe: Recipe, tmp_path, monkeypatch) -> None:
-    """Within 8 % of the peak of torch's allocator over a run of the real loop."""
+    """Within 3 % of the peak of torch's allocator over a run of the real loop, a checkpoint's copies included."""
     monkeypatch.setattr(console, "quiet", True)
-    recipe = replace(recipe, validate_every=0, sample_every=0)
+    recipe = replace(recipe, validate_every=0, sample_every=0, save_every=1, steps=3)
     gc.collect()  # what earlier tests left would be freed on the way, and be taken off the peak
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train(recipe, tmp_path / "run")
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     used = torch.tensor([event.nbytes() for event in events if event.name() == "[memory]"]).cumsum(0)
-    assert estimate(recipe, "cpu").peak_bytes == pytest.approx(int(used.max()), rel=0.08)
+    assert estimate(recipe, "cpu").peak_bytes == pytest.approx(int(used.max()), rel=0.03)
 
 
 def test_describe_tells_what_a_reader_asks() -> None:

@@ -113,7 +113,8 @@ def estimate(recipe: Recipe, device: Device = "cuda", whole: nn.Module | None = 
         latents=(spec.channels, *spec.latent_shape(*clip)) if spec else None,
         vocab=spec.vocab if spec else None,
         tokens=math.prod(grid) if grid else None,
-        peak_parts=account.peak(),
+        # Where a GPU trains, a checkpoint's copies are in the CPU's memory
+        peak_parts=account.peak() | ({"checkpoint": account.kept.total()} if device == "cpu" else {}),
         checkpoint_bytes=account.kept.total(),
         flops_forward=account.flops["forward"] * recipe.accumulate,
         flops_recomputed=account.flops["recomputed"] * recipe.accumulate,
