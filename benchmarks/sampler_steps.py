@@ -33,13 +33,14 @@ from mutoscope.training.loop import train
 from mutoscope.types import Cond
 
 SEED = "1000 ancestral steps, learned variance"
-OURS = "50 steps of DPM-Solver++ (2M)"
+OURS = "50 steps of DPM-Solver++ (2M), eta 1"
 SAMPLERS = {
     SEED: Sampler(method="ancestral", steps=1000),
     "50 ancestral steps, learned variance": Sampler(method="ancestral", steps=50),
     "50 steps of DDIM": Sampler(method="ddim", steps=50),
-    OURS: Sampler(method="dpmpp_2m", steps=50),
-    "20 steps of DPM-Solver++ (2M)": Sampler(method="dpmpp_2m", steps=20),
+    "50 steps of DPM-Solver++ (2M), eta 0": Sampler(method="dpmpp_2m", steps=50),
+    OURS: Sampler(method="dpmpp_2m", steps=50, eta=1.0),
+    "20 steps of DPM-Solver++ (2M), eta 1": Sampler(method="dpmpp_2m", steps=20, eta=1.0),
 }
 
 

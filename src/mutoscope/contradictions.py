@@ -65,8 +65,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             yield "recipe.sampler, recipe.sample_every: a contrastive model draws nothing; set them to none and 0"
         if recipe.text is None:
             yield "recipe.text: a contrastive model compares videos with captions; set it, to HashedWords for instance"
-    if isinstance(sampler, Sampler) and sampler.eta and sampler.method != "ddim":
-        yield f"recipe.sampler.eta: only ddim puts noise back, the method is {sampler.method}; set eta = 0"
+    if isinstance(sampler, Sampler) and sampler.eta and sampler.method not in ("ddim", "dpmpp_2m"):
+        yield f"recipe.sampler.eta: ddim and dpmpp_2m put noise back by it, the method is {sampler.method}; set eta = 0"
     if optim.final_lr and optim.schedule == "constant":
         yield "recipe.optim.final_lr: a constant schedule has no end; set final_lr = 0, or schedule to linear or cosine"
     yield from _contradictions_of_memory(recipe)

@@ -282,7 +282,8 @@ class Sampler:
     guidance_scale: float = 1.0
     """Classifier-free guidance; 1 turns it off, higher follows the condition more."""
     eta: float = 0.0
-    """Noise that DDIM puts back each step: 0 none, 1 as in ancestral sampling."""
+    """Noise that DDIM and DPM-Solver++ put back each step: 0 none, 1 as in ancestral sampling. It forgives a network's
+    errors, which otherwise add up."""
 
 
 @dataclass(frozen=True, kw_only=True)

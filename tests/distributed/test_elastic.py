@@ -83,4 +83,5 @@ def test_a_stall_tells_where_all_stand(tmp_path: Path) -> None:
     told = said[said.index("where the processes stand") :].splitlines()
     assert "rank 0 of 2" in told[1] and "after step" in told[1]
     assert "rank 1 of 2" in told[2] and "after step" in told[2]
-    assert "in backward" in (out / "stalls" / "rank-0.txt").read_text()
+    traced = (out / "stalls" / "rank-0.txt").read_text()
+    assert "in backward" in traced or "in all_reduce" in traced  # wherever it needs the other first

@@ -36,7 +36,7 @@ every_objective = pytest.mark.parametrize(
     "objective", OBJECTIVES, ids=lambda o: f"{o.schedule}-{o.prediction}-{o.shift:g}-{o.sigma_data:g}"
 )
 SOLVERS = [{"method": "euler"}, {"method": "heun"}, {"method": "ddim"}, {"method": "ddim", "eta": 1.0},
-           {"method": "dpmpp_2m"}, {"method": "ancestral"}]  # fmt: skip
+           {"method": "dpmpp_2m"}, {"method": "dpmpp_2m", "eta": 1.0}, {"method": "ancestral"}]  # fmt: skip
 NOTHING = Cond()
 SHAPE = (2, 2, 16, 16)
 WEIGHTS, MEANS, STDS = (0.3, 0.7), (-1.5, 0.65), (0.1, 0.2)

@@ -3,8 +3,9 @@
 With x̂0 and ε̂ = (x − α·x̂0)/σ held over a step, the exact step is x' = α'·x̂0 + σ'·ε̂. On every schedule that is DDIM
 with η = 0 (arXiv:2010.02502 eq. 12), and Euler's method in the schedule's own path (for rectified flow, x + Δt·v).
 Heun repeats it with the mean of both ends' estimates (arXiv:2206.00364 algorithm 1). DPM-Solver++ (2M) draws a line
-through the last two x̂0 (arXiv:2211.01095 algorithm 2). Ancestral sampling puts back as much noise as the chain's
-posterior has (DDIM's η = 1, which is DDPM's algorithm 2 where no step is left out), or as the model has learned to.
+through the last two x̂0 (arXiv:2211.01095 algorithm 2), and puts noise back with η > 0 (its SDE form). Ancestral
+sampling puts back as much noise as the chain's posterior has (DDIM's η = 1, which is DDPM's algorithm 2 where no step
+is left out), or as the model has learned to.
 
 Frames that are known (`Cond.known_mask`) come out as they went in: every x̂0 has them.
 """
@@ -90,7 +91,9 @@ def sample_diffusion(
                 x = x + (there.alpha - here.alpha) * (x0 + x0_there) / 2
                 x = x + (there.sigma - here.sigma) * (noise + noise_there) / 2
             case "dpmpp_2m":
-                x = _dpmpp_2m(x, x0, previous, here, there)
+                x, up = _dpmpp_2m(x, x0, previous, here, there, sampler.eta)
+                if sampler.eta and there.sigma > 0:
+                    x = x + up * draw.normal(*x.shape[1:])
                 previous = here, x0
             case _:
                 x = there.alpha * x0 + there.sigma * noise
@@ -106,13 +109,18 @@ def _put_back(here: Point, there: Point, eta: float) -> tuple[Tensor, Tensor]:
     return up, (there.sigma.square() - up.square()).clamp(min=0).sqrt()
 
 
-def _dpmpp_2m(x: Tensor, x0: Tensor, previous: tuple[Point, Tensor] | None, here: Point, there: Point) -> Tensor:
-    """A step of DPM-Solver++ (2M). The first, the last and one that follows noise alone are of first order: their
-    logarithms of α/σ are infinite, or there is no estimate before."""
+def _dpmpp_2m(
+    x: Tensor, x0: Tensor, previous: tuple[Point, Tensor] | None, here: Point, there: Point, eta: float
+) -> tuple[Tensor, Tensor]:
+    """A step of DPM-Solver++ (2M), and the deviation of the noise that is to be put back: with η = 1 it is
+    SDE-DPM-Solver++ (2M), between 0 and 1 k-diffusion's sample_dpmpp_2m_sde. The first, the last and one that follows
+    noise alone are of first order: their logarithms of α/σ are infinite, or there is no estimate before."""
     shrink = (here.alpha / here.sigma) * (there.sigma / there.alpha)  # e^−h
+    forgotten = shrink**eta
     guess = x0
     if previous is not None and there.sigma > 0 and previous[0].alpha > 0:
         log_snr = lambda at: (at.alpha / at.sigma).log()
         ratio = (log_snr(here) - log_snr(previous[0])) / (log_snr(there) - log_snr(here))
         guess = x0 + (x0 - previous[1]) / (2 * ratio)
-    return there.sigma / here.sigma * x + there.alpha * (1 - shrink) * guess
+    mean = there.sigma / here.sigma * forgotten * x + there.alpha * (1 - shrink * forgotten) * guess
+    return mean, there.sigma * (1 - forgotten.square()).sqrt()
