@@ -12,7 +12,7 @@ from mutoscope.recipes.minisora import FULL, TINY
 from mutoscope.text.encoders import HashedWords
 
 _IDDPM = Diffusion(schedule="ddpm_linear", prediction="eps", learned_variance=True, prefix_share=0.1)
-_DPM = Sampler(method="dpmpp_2m", steps=50)
+_DPM = Sampler(method="dpmpp_2m", steps=50, eta=1.0)
 
 
 def dit() -> Recipe:
@@ -109,7 +109,7 @@ def stdit() -> Recipe:
     --accumulate_grad_batches 8 --latent_frames_to_generate 8 --diffusion_steps 1000 --clip_grad 1.0 (lr 1e-4, 1,000,000
     micro-steps). Its larger net: --model.depth 16 --model.heads 12 --batch-size 1 --accumulate 32. For 32 latents after
     8, as its --resume_from: --init-from runs/stdit --model.base-frames 8, and clips of four times the frames.
-    Here, besides, some samples have their first latents given, and 50 steps of DPM-Solver++ draw, not 1000.
+    Here, besides, some samples have their first latents given, and 50 steps of SDE-DPM-Solver++ draw, not 1000.
     Command: mutoscope train minisora.vae --out runs/vae
         mutoscope encode minisora.stdit --out runs/latents
         mutoscope train minisora.stdit --data.latents runs/latents --out runs/stdit
