@@ -193,7 +193,7 @@ class TestVerbs:
         given = {k: v for k, v in sample_run.call_args.kwargs.items() if k != "on_videos"}
         assert given == {"label": 3, "prompt": None, "num": 2, "out": Path("a.mp4"), "seed": 5, "steps": 7,
                          "guidance_scale": 2.5, "trust_code": True, "video": None, "image": None,
-                         "known_frames": None}  # fmt: skip
+                         "known_frames": None, "context": None}  # fmt: skip
 
     def test_evaluate(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         evaluate_run = replaced(monkeypatch, "mutoscope.evaluate.evaluate_run")

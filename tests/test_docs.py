@@ -68,7 +68,7 @@ def test_the_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         label.unlink()
     lines = [line.split("#")[0].strip() for block in blocks("README.md", "") for line in block.splitlines()]
     commands = [line for line in lines if line.startswith("mutoscope ")]
-    assert len(commands) == 9
+    assert len(commands) == 10
     few = ["--steps", "3", "--validate-every", "0", "--sample-every", "0"]
     for command in commands:
         words, _, out = command.partition(" > ")

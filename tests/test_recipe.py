@@ -223,7 +223,7 @@ class TestValidate:
             (with_data(latents="latents"), "data.latents: latents are an autoencoder's"),
             (with_latents(window="random"), "data.window: random takes other frames each time"),
             (with_latents(cache=True), "data.cache: stored latents are memory-mapped already"),
-            (replace(RECIPE, sampler=Sampler(eta=0.5)), "sampler.eta: only ddim puts noise back, the method is euler"),
+            (replace(RECIPE, sampler=Sampler(eta=0.5)), "sampler.eta: ddim and dpmpp_2m have it, not euler"),
             (replace(RECIPE, optim=Optim(final_lr=0.1)), "optim.final_lr: a constant schedule has no end"),
         ],
     )

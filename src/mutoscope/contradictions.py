@@ -66,7 +66,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         if recipe.text is None:
             yield "recipe.text: a contrastive model compares videos with captions; set it, to HashedWords for instance"
     if isinstance(sampler, Sampler) and sampler.eta and sampler.method not in ("ddim", "dpmpp_2m"):
-        yield f"recipe.sampler.eta: ddim and dpmpp_2m put noise back by it, the method is {sampler.method}; set eta = 0"
+        yield f"recipe.sampler.eta: ddim and dpmpp_2m have it, not {sampler.method}; set eta = 0"
     if optim.final_lr and optim.schedule == "constant":
         yield "recipe.optim.final_lr: a constant schedule has no end; set final_lr = 0, or schedule to linear or cosine"
     yield from _contradictions_of_memory(recipe)

@@ -37,7 +37,9 @@ def test_what_fits_needs_nothing() -> None:
     assert told.fits and told.steps == () and told.peak == training_peak(DIT)
 
 
-@pytest.mark.parametrize("recipe", [DIT, replace(DIT, lora=Lora(rank=4))], ids=["full", "LoRA"])
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(DIT, marks=pytest.mark.slow), replace(DIT, lora=Lora(rank=4))], ids=["full", "LoRA"]
+)
 def test_levers_come_cheapest_first_until_it_fits(recipe: Recipe) -> None:
     peak = training_peak(recipe)
     told = advise(recipe, int(0.45 * peak))
