@@ -18,7 +18,7 @@ from mutoscope.models.cogvideox import CogVideoX
 from mutoscope.recipe import Optim, Recipe
 from mutoscope.recipes import cogvideox
 from mutoscope.run import Run
-from mutoscope.sample import sample_cogvideox
+from mutoscope.sample_cogvideox import sample_cogvideox
 from mutoscope.training.loop import train
 from mutoscope.weights import read_weights
 

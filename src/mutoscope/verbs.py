@@ -234,7 +234,8 @@ class Sample:
 
     def _draw(self, engine: Engine) -> list[Path]:
         from mutoscope.recipe import Sampler
-        from mutoscope.sample import cogvideox_recipe, sample_cogvideox, sample_run
+        from mutoscope.sample import sample_run
+        from mutoscope.sample_cogvideox import cogvideox_recipe, sample_cogvideox
 
         folder = Path(self.source)
         wishes = {name: getattr(self, name) for name in _WISHES if getattr(self, name) is not None}

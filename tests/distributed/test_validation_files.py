@@ -12,7 +12,7 @@ import numpy as np
 
 from mutoscope.data.video import write_video
 from mutoscope.run import Run
-from mutoscope.sample import sample_cogvideox
+from mutoscope.sample_cogvideox import sample_cogvideox
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

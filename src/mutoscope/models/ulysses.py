@@ -38,6 +38,11 @@ class ContextGroup:
     """Of this process, in the group."""
     size: int
 
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes what the group has made."""
+        return self.rank == 0
+
     def parts(self, length: int) -> Parts:
         """A sequence in stretches, the first of which are one longer where they cannot all be of one length.
 

@@ -153,7 +153,7 @@ class Engine:
 
     @property
     def _first_of_context(self) -> bool:
-        return self.context is None or self.context.rank == 0
+        return self.context is None or self.context.leads
 
     # ---- the model
 

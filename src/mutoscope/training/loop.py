@@ -31,7 +31,8 @@ from mutoscope.randomness import Draw, seed_of
 from mutoscope.recipe import Recipe
 from mutoscope.report import write_report
 from mutoscope.run import Run
-from mutoscope.sample import Generator, Wanted, draw_wanted, inference, preview, read_wanted
+from mutoscope.sample import Generator, inference, preview
+from mutoscope.sample_cogvideox import Wanted, draw_wanted, read_wanted
 from mutoscope.training.checkpoint import newest_checkpoint
 from mutoscope.training.deepspeed import DeepSpeedState
 from mutoscope.training.engine import Engine
