@@ -43,7 +43,8 @@ from mutoscope.recipe import Recipe
 from mutoscope.toml import dump_toml
 
 FRAMES, HEIGHT, WIDTH = 9, 64, 96
-WORKERS = 2
+WORKERS, SHARD = 2, 64
+"""Processes, and clips of a shard, which one of them encodes."""
 OURS = {
     "1 process": ["--workers", "1"],
     "2 processes": ["--workers", "2"],
@@ -54,7 +55,7 @@ PEER = "plain Ray Data"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clips", type=int, default=640, help="of the larger run; a shard has 64")
+    parser.add_argument("--clips", type=int, default=640, help="of the larger run")
     parser.add_argument("--few", type=int, default=128, help="of the smaller run")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--peer", type=Path, help="not needed: the peer is an installed library")
@@ -63,8 +64,10 @@ def main() -> None:
     if arguments.plain:
         return plain(*arguments.plain)
     clips, few = arguments.clips, arguments.few
-    if clips <= few:
-        parser.error(f"--clips {clips}: more than --few {few}, please")
+    if clips <= few or clips % (WORKERS * SHARD) or few % (WORKERS * SHARD):
+        parser.error(
+            f"--clips {clips} --few {few}: multiples of {WORKERS * SHARD}, or a worker idles; the first larger"
+        )
     adopt_orphans()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

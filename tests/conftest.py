@@ -2,6 +2,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -13,6 +14,17 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 # A deadline per example measures how busy the machine is.
 settings.register_profile("mutoscope", deadline=None)
 settings.load_profile("mutoscope")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The last bits of what an autoencoder makes hang on the number of threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -33,13 +33,7 @@ from mutoscope.progress import Bars
 from mutoscope.recipe import Recipe
 from mutoscope.types import NO_LABEL
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from pathlib import Path
 import encode_cases
 import pytest
 import s3
-import torch
 from encode_cases import files_of, make_videos
 from tiny_runs import make_recipe
 
@@ -21,13 +20,7 @@ from mutoscope.data.shards import StoreError
 from mutoscope.encode import encode
 from mutoscope.encode_shards import TRIES, Job, ShardEncoder
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Encoder: one path, so that what is stored is what would have been made on the fly."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,13 +18,7 @@ from mutoscope.randomness import Draw
 from mutoscope.recipe import Data, Recipe
 from mutoscope.types import ModelIO
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build_encoder(recipe: Recipe) -> Encoder:

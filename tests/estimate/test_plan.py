@@ -106,6 +106,8 @@ def test_where_none_fits_it_is_said_what_makes_one_fit(monkeypatch: pytest.Monke
     least = plan.least_memory(DIT, cluster)
     work = work_of(DIT)
     assert least == min(sum(memory(work, parallel, cluster).values()) for parallel in ways(cluster))
-    lines = plan.plan(DIT, replace(cluster, memory=int(0.8 * least)))
+    shared = replace(DIT, parallel=Parallel(context=2))
+    lines = plan.plan(shared, replace(cluster, memory=int(0.8 * least)))
+    assert any("parallel.context = 2 is not in this table" in line for line in lines)
     assert "none fits; one does with these, one after another:" in lines
     assert any(line.startswith("  --") and "cost in speed" in line for line in lines)

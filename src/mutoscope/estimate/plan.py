@@ -97,6 +97,8 @@ def plan(recipe: Recipe, cluster: Cluster, whole: nn.Module | None = None) -> li
     whole = shapes_of(recipe) if whole is None else whole
     work, (may, refused) = work_of(recipe, whole=whole), allowed(recipe, cluster)
     found = [Choice(parallel, step(work, parallel, cluster)) for parallel in may]
+    if (context := recipe.parallel.context) > 1:
+        refused.append(f"parallel.context = {context} is not in this table, whose processes hold whole samples")
     lines = [*about(cluster), "", *aligned([header(found), *rows(found, cluster.memory)]), *refused, ""]
     if (best := fastest(found, cluster.memory)) is None:
         return [*lines, *_advice(advise(recipe, cluster.memory, whole, lambda r, w: least_memory(r, cluster, w)))]
