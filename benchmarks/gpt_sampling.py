@@ -133,9 +133,15 @@ def copy_weights(model: Any, peer: Any) -> None:
 
 
 def our_clip(model: GPTModel, length: int) -> Callable[[], Tensor]:
-    """Draws a clip, greedily."""
+    """Draws a clip, greedily, as `mutoscope sample` does."""
     model.eval()
-    return lambda: sample_tokens(model, TokenSampler(temperature=0), Cond(), grid(length), Draw(0, "a", [0])).flatten()
+    sampler = TokenSampler(temperature=0)
+
+    def draw() -> Tensor:
+        with torch.inference_mode():
+            return sample_tokens(model, sampler, Cond(), grid(length), Draw(0, "a", [0])).flatten()
+
+    return draw
 
 
 def peer_clip(peer: Any, length: int) -> Callable[[], Tensor]:

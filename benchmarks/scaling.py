@@ -2,14 +2,18 @@
 
     python -m benchmarks.scaling
 
-A step is the loop's: forward and backward pass, averaging of the gradients, clipping, AdamW. Efficiency is the time of
-one process alone over that of two together. Runs alternate; a run's time is the median of its steps. On a machine that
-does anything else, wall times mislead: the columns of CPU seconds are there for that.
+A step is the loop's: forward and backward pass, averaging of the gradients, clipping, AdamW. Weak scaling is the time
+of one process alone over that of two together. Where a core is slower while the other one is idle, as on some shared
+hosts, that flatters; so the two cores also run two processes that know nothing of each other, and efficiency is their
+time over that of the two that train together: what talking costs.
+
+All five processes wait side by side and take turns, so that a machine whose speed drifts is as slow for all; each round
+gives a ratio. A turn is two steps, of which the second counts: on virtual machines, memory that was idle for seconds is
+slow at first touch.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -32,71 +36,85 @@ from mutoscope.types import Batch, Cond, ModelIO
 
 MODEL = DiT(depth=8, width=384, heads=6)
 BATCH, CHANNELS, GRID = 4, 4, (4, 16, 16)
-STEPS, WARM_UP, REPEATS = 5, 2, 3
+WARM_UP, ROUNDS = 1, 9
 
 
 def main() -> None:
     if len(sys.argv) > 1:
-        return worker(sys.argv[1])
-    results: dict[str, list[tuple[float, float]]] = {"ddp": [], "fsdp2": []}
-    rows = []
-    for strategy, pairs in results.items():
-        for _ in range(REPEATS):
-            one, two = measure(strategy, 1), measure(strategy, 2)
-            pairs.append((one["wall"] / two["wall"], one["cpu"] / two["cpu"]))
-        rows.append([strategy, f"{one['wall']:.3f}", f"{two['wall']:.3f}", f"{one['cpu']:.3f}", f"{two['cpu']:.3f}",
-                     f"{median(p[0] for p in pairs):.2f}", f"{median(p[1] for p in pairs):.2f}"])  # fmt: skip
-    header = ["strategy", "wall of 1", "of 2", "CPU of 1", "of 2", "efficiency", "by CPU time"]
-    table([f"seconds of a step; {name}" if name == "strategy" else name for name in header], rows)
-    walls = sorted(wall for wall, _ in results["ddp"])
-    print(f"scaling: {median(walls):.2f} efficiency of 2 processes vs 1 (median of {REPEATS}, min {walls[0]:.2f}, "
-          f"max {walls[-1]:.2f})")  # fmt: skip
+        return worker(sys.argv[1], int(sys.argv[2]))
+    rows, efficiencies = [], {}
+    for strategy in ("ddp", "fsdp2"):
+        strangers, pair = start(strategy, 1) + start(strategy, 1, core=1), start(strategy, 2)
+        sides = (strangers[:1], strangers, pair)
+        rounds = [[turn(side) for side in sides] for _ in range(WARM_UP + ROUNDS)][WARM_UP:]
+        for process in strangers + pair:
+            process.communicate()
+        efficiencies[strategy] = sorted(apart / together for _, apart, together in rounds)
+        scaling = median(alone / together for alone, _, together in rounds)
+        rows.append([strategy, *(f"{median(times):.3f}" for times in zip(*rounds, strict=True)), f"{scaling:.2f}",
+                     f"{median(efficiencies[strategy]):.2f}"])  # fmt: skip
+    table(["seconds of a step; strategy", "one", "two strangers", "two together", "weak scaling", "efficiency"], rows)
+    found = efficiencies["ddp"]
+    print(f"scaling: {median(found):.2f} efficiency of 2 processes vs 2 that do not talk (median of {ROUNDS}, "
+          f"min {found[0]:.2f}, max {found[-1]:.2f})")  # fmt: skip
 
 
-def measure(strategy: str, world: int) -> dict[str, float]:
-    """Median seconds of a step, by wall clock and in CPU time of one process."""
+def start(strategy: str, world: int, core: int = 0) -> list[subprocess.Popen[str]]:
+    """The processes of a run, on this core and those after it. They take a step for each line that they read."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-    processes = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.scaling", strategy],
+            [sys.executable, "-m", "benchmarks.scaling", strategy, str(core + rank)],
             env=os.environ | where | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
         )
         for rank in range(world)
     ]  # fmt: skip
-    said = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        raise RuntimeError(f"{strategy}, {world} processes: failed")
-    found: dict[str, float] = json.loads(said[0])
-    return found
 
 
-def worker(strategy: str) -> None:
-    """One of the processes: prints its times."""
+def turn(processes: list[subprocess.Popen[str]]) -> float:
+    """Two steps of all of them: seconds of the second, of the slowest."""
+    step(processes)
+    return step(processes)
+
+
+def step(processes: list[subprocess.Popen[str]]) -> float:
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("step\n")
+    lines = []
+    for process in processes:
+        assert process.stdout
+        lines.append(process.stdout.readline())
+    if not all(lines):
+        sys.exit("a process failed")
+    return max(map(float, lines))
+
+
+def worker(strategy: str, core: int) -> None:
+    """One of the processes: prints the times of each step."""
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(os.environ["RANK"]) % len(cores)]})
+    os.sched_setaffinity(0, {cores[core % len(cores)]})
     torch.set_num_threads(1)
     recipe = replace(load_recipe("minisora.dit_tiny"), parallel=Parallel(strategy=strategy))  # type: ignore[arg-type]
     engine = Engine.start(recipe.parallel)
     torch.manual_seed(0)
     state = build_state(MODEL.build(ModelIO(channels=CHANNELS, grid=GRID)), recipe, engine)
-    objective, walls, cpus = Diffusion(), [], []
-    for step in range(WARM_UP + STEPS):
-        samples = [(step * engine.world + engine.rank) * BATCH + i for i in range(BATCH)]
+    objective = Diffusion()
+    for number, _ in enumerate(sys.stdin):
+        samples = [(number * engine.world + engine.rank) * BATCH + i for i in range(BATCH)]
         draw = Draw(0, "train", samples)
         batch = Batch(ids=[str(i) for i in samples], samples=samples, cond=Cond(), latents=draw.normal(CHANNELS, *GRID))
         engine.barrier()
-        wall, cpu = time.perf_counter(), time.process_time()
+        began = time.perf_counter()
         with state.micro_step(last=True):
             state.backward(objective.loss(state.trainee, batch, draw).total)
         state.take_step(recipe.optim, recipe.steps)
-        walls.append(time.perf_counter() - wall)
-        cpus.append(time.process_time() - cpu)
+        print(time.perf_counter() - began, flush=True)
     engine.stop()
-    print(json.dumps({"wall": median(walls[WARM_UP:]), "cpu": median(cpus[WARM_UP:])}))
 
 
 if __name__ == "__main__":

@@ -192,7 +192,11 @@ def sample_videos(
     for first in range(0, num, size):
         rows = range(first, min(first + size, num))
         draw = Draw(seed, "sample", rows, generator.device)
-        yield from draw_videos(generator, cond.rows(slice(rows.start, rows.stop)), draw)
+        # A tenth faster, token by token, than without gradients alone; while a model trains, what it keeps from here
+        # for itself could not be used in a backward pass
+        with torch.inference_mode():
+            videos = draw_videos(generator, cond.rows(slice(rows.start, rows.stop)), draw)
+        yield from videos
         on_batch(len(rows))
 
 

@@ -56,7 +56,8 @@ class Attention(nn.Module):
         self, context: Float[Tensor, "b m e"], rotary: Rotary | None = None
     ) -> tuple[Float[Tensor, "b heads m head_dim"], Float[Tensor, "b heads m head_dim"]]:
         """What `attend` takes of a context: made once where it is attended to again and again."""
-        k, v = (y.unflatten(-1, (self.heads, -1)) for y in self.key_value(context).chunk(2, dim=-1))
+        b, m, _ = context.shape
+        k, v = self.key_value(context).view(b, m, 2, self.heads, -1).unbind(2)
         k, v = _normalised(k, self.key_scale).transpose(1, 2), v.transpose(1, 2)
         return k if rotary is None else rotate(k, *rotary), v
 
@@ -72,9 +73,10 @@ class Attention(nn.Module):
         parts: Parts | None = None,
     ) -> Float[Tensor, "b n d"]:
         """`mask` is True where a position may look; a row of all False yields zeros."""
-        q = _normalised(self.query(x).unflatten(-1, (self.heads, -1)), self.query_scale).transpose(1, 2)
+        b, n, d = x.shape
+        q = _normalised(self.query(x).view(b, n, self.heads, -1), self.query_scale).transpose(1, 2)
         q = q if rotary is None else rotate(q, *rotary)
-        join = lambda y: self.out(y.transpose(1, 2).flatten(2))
+        join = lambda y: self.out(y.transpose(1, 2).reshape(b, n, d))
         if parts is not None:
             assert mask is None and not causal  # of whole videos, in which everything sees everything
             return join(parts.attention(q, k, v, scaled_dot_product_attention))
