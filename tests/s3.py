@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.request import Request, urlopen
 
 import fsspec
 import pytest
@@ -14,12 +15,16 @@ def bucket(name: str) -> Iterator[str]:
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    with pytest.MonkeyPatch.context() as patch:
-        host, port = server.get_host_and_port()
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for key, value in {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "DEFAULT_REGION": "us-east-1"}.items():
-            patch.setenv(f"AWS_{key}", value)
-        fsspec.filesystem("s3").mkdir(name)
-        yield f"s3://{name}"
-        fsspec.filesystem("s3").clear_instance_cache()
-    server.stop()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", address)
+            for key, value in {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "DEFAULT_REGION": "us-east-1"}.items():
+                patch.setenv(f"AWS_{key}", value)
+            fsspec.filesystem("s3").mkdir(name)
+            yield f"s3://{name}"
+            fsspec.filesystem("s3").clear_instance_cache()
+    finally:
+        # What it holds is the process's, and would be there in the next server
+        urlopen(Request(f"{address}/moto-api/reset", method="POST")).close()
+        server.stop()
