@@ -10,6 +10,8 @@ import pytest
 from distributed.processes import case, play
 from distributed.test_strategies import BATCH, MODELS, assert_close, steps, val_losses
 
+from mutoscope.run import Run
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason='pip install "mutoscope[deepspeed]"'),
@@ -67,6 +69,10 @@ def resumed(folder: Path) -> list[dict[str, Any]]:
     for zero, offload in WAYS:
         way = ("--parallel.zero", zero, "--parallel.offload", offload)
         cases += [run(f"part-{zero}-{offload}", count, 2, "deepspeed", *way) for count in (2, 4)]
+    for zero in ("1", "2", "3"):
+        way = ("--parallel.zero", zero, "--precision", "bf16")
+        cases.append(run(f"bf16-whole-{zero}", 4, 2, "deepspeed", *way))
+        cases += [run(f"bf16-part-{zero}", count, 2, "deepspeed", *way) for count in (2, 4)]
     cases.append(run("to-fsdp2", 2, 2, "deepspeed", "--parallel.zero", "3"))
     cases.append(run("to-fsdp2", 4, 2, "fsdp2"))
     return cases
@@ -92,6 +98,17 @@ def check(folder: Path, name: str, zero: str, world: int) -> None:
 @pytest.mark.parametrize(("zero", "offload"), WAYS)
 def test_resumed_it_equals_one_process(stopped: Path, zero: str, offload: str) -> None:
     assert_close(stopped / f"part-{zero}-{offload}", stopped / "whole")
+
+
+def train_losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in Run(folder).metrics() if "loss" in line]
+
+
+@pytest.mark.parametrize("zero", ["1", "2", "3"])
+def test_in_bf16_it_goes_on_exactly_and_near_fp32(stopped: Path, zero: str) -> None:
+    """For ZeRO 1 in bf16, DeepSpeed takes another optimizer than for the others."""
+    assert_close(stopped / f"bf16-part-{zero}", stopped / f"bf16-whole-{zero}")
+    assert train_losses(stopped / f"bf16-whole-{zero}") == pytest.approx(train_losses(stopped / "whole"), rel=1e-3)
 
 
 def test_from_zero_to_fsdp2(stopped: Path) -> None:

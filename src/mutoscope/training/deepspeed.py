@@ -62,7 +62,9 @@ class DeepSpeedState:
         """Make the moments, zero, before the first step: they can be loaded then. DeepSpeed (0.19), which leaves it to
         the step, does not find those of the second group of weights afterwards."""
         zero = self.trainee.optimizer
-        for flat in zero.single_partition_of_fp32_groups if self.zero < 3 else zero.fp32_partitioned_groups_flat:
+        # Of ZeRO 3, of 1 and 2, and of the optimizer that DeepSpeed takes for ZeRO 1 in bf16
+        names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+        for flat in next(getattr(zero, name) for name in names if hasattr(zero, name)):
             self.optimizer.state[flat] = {"step": torch.zeros(())} | {key: torch.zeros_like(flat) for key in MOMENTS}
         if self.zero < 3:
             zero._lazy_init_hp_params_optimizer_state()
