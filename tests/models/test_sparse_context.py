@@ -67,15 +67,15 @@ def test_tiles_hold_what_each_position_sees(
     sparse_context._tiles.cache_clear()
     tiles = tiles_of(context, grid, CPU)
     sparse_context._tiles.cache_clear()
-    groups, _, rows, states = tiles.mask.shape
+    groups, _, rows, states = tiles.bias.shape
     assert states % 8 == 0
     keys = tiles.keys.view(groups, states)
     for i, row in enumerate(tiles.rows.tolist()):
         assert tiles.queries[row] == i
-        mask = tiles.mask[row // rows, 0, row % rows]
+        mask = tiles.bias[row // rows, 0, row % rows] == 0
         seen = keys[row // rows][mask].tolist()
         assert len(seen) == len(set(seen)) and set(seen) == attended(context, i, grid)
-    assert tiles.mask.any(-1).all()  # no row is a softmax over nothing
+    assert (tiles.bias == 0).any(-1).all()  # no row is a softmax over nothing
 
 
 @pytest.mark.parametrize("context", CONTEXTS, ids=str)

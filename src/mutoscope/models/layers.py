@@ -95,15 +95,17 @@ def scaled_dot_product_attention(
     q: Float[Tensor, "b heads n d"],
     k: Float[Tensor, "b heads m d"],
     v: Float[Tensor, "b heads m d"],
-    mask: Bool[Tensor, "#b #heads #n m"] | None = None,
+    mask: Bool[Tensor, "#b #heads #n m"] | Float[Tensor, "#b #heads #n m"] | None = None,
     *,
     causal: bool = False,
 ) -> Float[Tensor, "b heads n d"]:
-    """torch's, but on CPUs in fp32 for bf16, whose backward pass takes three times as long there."""
+    """torch's, but on CPUs in fp32 for bf16, whose backward pass takes three times as long there. mask: True where a
+    position may look, or what is added to the logits, in any dtype."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         with torch.autocast("cpu", enabled=False):
-            q32, k32, v32 = q.float(), k.float(), v.float()
-            return F.scaled_dot_product_attention(q32, k32, v32, attn_mask=mask, is_causal=causal).to(q.dtype)
+            return scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, causal=causal).to(q.dtype)
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 

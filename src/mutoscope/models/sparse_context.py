@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Grid = tuple[int, int, int]
@@ -191,8 +191,9 @@ class Tiles(NamedTuple):
     """For each position, its place in `queries`."""
     keys: Int[Tensor, "gm"]
     """The states of each box, box by box, padded with 0."""
-    mask: Bool[Tensor, "g 1 q m"]
-    """True where a position sees a state."""
+    bias: Float[Tensor, "g 1 q m"]
+    """0 where a position sees a state, −inf where not. (Of a mask of bools, every block would make such a one, and keep
+    it for its backward pass.)"""
 
     def to(self, device: torch.device) -> Tiles:
         """The same on another device."""
@@ -211,9 +212,10 @@ class Reads(NamedTuple):
 
 def tiles_of(context: Context, grid: Grid, device: torch.device) -> Tiles:
     """All positions of a grid in boxes that suit the device."""
-    queries, rows, keys, mask = _tiles(context, grid, device.type)
-    box = [torch.from_numpy(array) for array in (queries.ravel(), rows, keys.ravel(), mask)]
-    return Tiles(*box).to(device)
+    *places, mask = _tiles(context, grid, device.type)
+    bias = torch.zeros(mask.shape).masked_fill_(~torch.from_numpy(mask), -torch.inf)
+    queries, rows, keys = (torch.from_numpy(array.ravel()) for array in places)
+    return Tiles(queries, rows, keys, bias).to(device)
 
 
 @cache
