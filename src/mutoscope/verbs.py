@@ -77,6 +77,8 @@ class Show(OnRecipe):
     """GB/s from a GPU to other nodes, one way."""
 
     def run(self, flags: Sequence[str]) -> None:
+        from rich.console import Console
+
         from mutoscope.estimate.report import describe
         from mutoscope.limits import LIMITS
         from mutoscope.loading import find_function
@@ -90,7 +92,9 @@ class Show(OnRecipe):
             print(json.dumps(json_schema(recipe, LIMITS), indent=2, ensure_ascii=False))
             return
         cluster = self._cluster(memory)
-        summary = describe(recipe, memory, cluster)  # first: a recipe whose shapes don't fit is told, and not printed
+        # First: a recipe whose shapes don't fit is told, and not printed. Long sequences take a minute or two.
+        with Console(stderr=True).status("working out memory and FLOPs"):
+            summary = describe(recipe, memory, cluster)
         function = find_function(self.recipe, trust_code=self.trusts)
         print(dump_toml(recipe, header=inspect.getdoc(function) or "" if function else ""))
         print("\n".join(f"# {line}".rstrip() for line in summary.splitlines()))
