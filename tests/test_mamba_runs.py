@@ -57,4 +57,4 @@ def test_the_cost_of_the_full_size_is_known() -> None:
     """The scan is one operator to the estimate, whatever its length."""
     recipe = load_recipe("minisora.mamba")
     cost = estimate(replace(recipe, data=replace(recipe.data, latents="x")))
-    assert cost.tokens == 32_768 and 300e6 < cost.trainable < 400e6
+    assert cost.tokens == 32_768 and 450e6 < cost.trainable < 500e6  # a quarter looks at captions

@@ -48,7 +48,8 @@ def test_two_processes_hold_and_send_what_was_expected(runs: Path, way: str) -> 
     work = work_of(recipe, "cpu")
     found: list[dict[str, Any]] = [json.loads((runs / way / f"measured-{rank}.json").read_text()) for rank in (0, 1)]
     held, sent = found[0]["held"], found[0]["sent"]
-    peak = sum(memory(work, recipe.parallel, TWO).values())
+    # On a CPU an estimate counts a checkpoint's copies, which are not there yet
+    peak = sum(size for part, size in memory(work, recipe.parallel, TWO).items() if part != "checkpoint")
     if way == "ddp":
         assert held["gradients"] == held["buckets"] == held["weights"]
         assert work.replica["gradients"] == pytest.approx(2 * held["weights"], rel=0.01)  # the last one comes later
