@@ -7,7 +7,7 @@ of one process alone over that of two together. Where a core is slower while the
 hosts, that flatters; so the two cores also run two processes that know nothing of each other, and efficiency is their
 time over that of the two that train together: what talking costs.
 
-All five processes wait side by side and take turns, so that a machine whose speed drifts is as slow for all; each round
+All four processes wait side by side and take turns, so that a machine whose speed drifts is as slow for all; each round
 gives a ratio. A turn is two steps, of which the second counts: on virtual machines, memory that was idle for seconds is
 slow at first touch.
 """
@@ -24,7 +24,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.harness import table
+from benchmarks.harness import last_line, table
 from mutoscope.loading import load_recipe
 from mutoscope.models.dit import DiT
 from mutoscope.objectives.diffusion import Diffusion
@@ -42,21 +42,21 @@ WARM_UP, ROUNDS = 1, 9
 def main() -> None:
     if len(sys.argv) > 1:
         return worker(sys.argv[1], int(sys.argv[2]))
-    rows, efficiencies = [], {}
+    rows = []
+    pairs: dict[str, list[tuple[float, float]]] = {}
     for strategy in ("ddp", "fsdp2"):
         strangers, pair = start(strategy, 1) + start(strategy, 1, core=1), start(strategy, 2)
         sides = (strangers[:1], strangers, pair)
         rounds = [[turn(side) for side in sides] for _ in range(WARM_UP + ROUNDS)][WARM_UP:]
         for process in strangers + pair:
             process.communicate()
-        efficiencies[strategy] = sorted(apart / together for _, apart, together in rounds)
-        scaling = median(alone / together for alone, _, together in rounds)
-        rows.append([strategy, *(f"{median(times):.3f}" for times in zip(*rounds, strict=True)), f"{scaling:.2f}",
-                     f"{median(efficiencies[strategy]):.2f}"])  # fmt: skip
+        pairs[strategy] = [(together, apart) for _, apart, together in rounds]
+        ratios = (median(alone / together for alone, _, together in rounds),
+                  median(apart / together for _, apart, together in rounds))  # fmt: skip
+        seconds = [median(side) for side in zip(*rounds, strict=True)]
+        rows.append([strategy, *(f"{second:.3f}" for second in seconds), *(f"{ratio:.2f}" for ratio in ratios)])
     table(["seconds of a step; strategy", "one", "two strangers", "two together", "weak scaling", "efficiency"], rows)
-    found = efficiencies["ddp"]
-    print(f"scaling: {median(found):.2f} efficiency of 2 processes vs 2 that do not talk (median of {ROUNDS}, "
-          f"min {found[0]:.2f}, max {found[-1]:.2f})")  # fmt: skip
+    last_line("scaling", "2 processes that do not talk, ddp", pairs["ddp"])
 
 
 def start(strategy: str, world: int, core: int = 0) -> list[subprocess.Popen[str]]:
@@ -82,6 +82,7 @@ def turn(processes: list[subprocess.Popen[str]]) -> float:
 
 
 def step(processes: list[subprocess.Popen[str]]) -> float:
+    """Seconds of a step of all of them, of the slowest."""
     for process in processes:
         assert process.stdin
         process.stdin.write("step\n")
