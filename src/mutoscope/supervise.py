@@ -221,5 +221,5 @@ def _serve(work: Callable[[Any, Alive], Any], pipe: connection.Connection) -> No
             return
         try:
             pipe.send(_Done(work(job, alive)))
-        except Exception:
+        except Exception:  # whatever a job raises, the parent raises with this traceback
             pipe.send(_Raised(traceback.format_exc()))

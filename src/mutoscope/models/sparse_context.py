@@ -192,8 +192,8 @@ class Tiles(NamedTuple):
     keys: Int[Tensor, "gm"]
     """The states of each box, box by box, padded with 0."""
     bias: Float[Tensor, "g 1 q m"]
-    """0 where a position sees a state, −inf where not. (Of a mask of bools, every block would make such a one, and keep
-    it for its backward pass.)"""
+    """0 where a position sees a state, −inf where not, in fp32. (Of a mask of bools, every block would make such a one,
+    and keep it for its backward pass; on a GPU in bf16 it still makes one, of half the size.)"""
 
     def to(self, device: torch.device) -> Tiles:
         """The same on another device."""
