@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -103,14 +104,29 @@ class TokenInputs(nn.Module):
         total = t * h * w
         places = places_around(positions, (t, h, w), self.neighbours).expand(len(tokens), -1, -1)
         found = tokens.flatten(1).gather(1, places.clamp(max=total - 1).flatten(1)).view(places.shape)
-        around = self.codes(torch.where(places < total, found, places - total + self.vocab))  # (b, n, k, d)
-        x = around[:, :, 0] if self.join is None else self.join(around.flatten(2))
+        around = torch.where(places < total, found, places - total + self.vocab)  # (b, n, k)
+        x = self.codes(around[:, :, 0]) if self.join is None else self._joined(self.join, around)
         x = x + self._place(positions, (t, h, w))
         if self.label is not None:
             none = self.label.num_embeddings - 1
             label = cond.label if cond.label is not None else tokens.new_full((len(tokens),), NO_LABEL)
             x = x + self.label(torch.where(label == NO_LABEL, none, label))[:, None]
         return x
+
+    def _joined(self, join: nn.Linear, around: Int[Tensor, "b n k"]) -> Float[Tensor, "b n d"]:
+        """`join` of the embeddings of what is around each position, side by side.
+
+        Where there are more positions than codes, each code's share from each place is worked out first, and positions
+        add up theirs. That is less work, and their embeddings, k of them for each, need not be kept.
+        """
+        codes, k = self.codes.num_embeddings, around.shape[-1]
+        plain = type(join) is nn.Linear and type(join.weight) is nn.Parameter  # no LoRA's, and not quantised
+        if not plain or codes >= around[..., 0].numel():
+            return join(self.codes(around).flatten(2))
+        by_place = join.weight.unflatten(1, (k, -1)).permute(1, 2, 0)
+        shares = torch.matmul(self.codes.weight, by_place).flatten(0, 1).to(self.codes.weight.dtype)
+        rows = around + codes * torch.arange(k, device=around.device)
+        return F.embedding_bag(rows.flatten(0, 1), shares, mode="sum").unflatten(0, around.shape[:2])
 
     def _place(self, positions: Int[Tensor, "#b n"], grid: tuple[int, int, int]) -> Float[Tensor, "#b n d"]:
         if len(self.tables) == 1:
