@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mutoscope.errors import ConfigError
 from mutoscope.loading import load_recipe
 from mutoscope.models.dit import DiT, DiTBlock, DiTModel, preset
-from mutoscope.models.layers import Attention, grid_sinusoid, modulate, sinusoid
+from mutoscope.models.layers import Attention, add_gated, grid_sinusoid, modulate, sinusoid
 from mutoscope.models.patches import patchify, token_times, unpatchify
 from mutoscope.overrides import override
 from mutoscope.types import NO_LABEL, Cond, ModelIO
@@ -210,6 +210,20 @@ def test_attention_against_its_formula() -> None:
     weights = scores.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
     expected = exact.out(torch.einsum("bhij,bjhd->bihd", weights, v).flatten(2))
     torch.testing.assert_close(attention(x, context, mask).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_gradients_of_modulation_and_gates(times: int) -> None:
+    """Of whole videos and of their frames, each input alone, too."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    a, b = (torch.randn(2, times, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    for function, inputs in ((modulate, (x, a, b)), (add_gated, (x, a, y))):
+        for alone in [None, *range(3)]:
+            for i, value in enumerate(inputs):
+                value.requires_grad_(alone in (None, i))
+            assert torch.autograd.gradcheck(function, inputs)
+    torch.testing.assert_close(add_gated(x, a, y), x + a[:, :, None] * y)
 
 
 def test_modulation_and_sinusoids() -> None:

@@ -20,6 +20,7 @@ from mutoscope.models.layers import (
     MLP,
     Attention,
     TimeEmbedding,
+    add_gated,
     frame_places,
     grid_sinusoid,
     line_sinusoid,
@@ -226,14 +227,14 @@ class DiTBlock(nn.Module):
 
         # 1. Self-attention, over the axis that this block looks along
         y = attend(self.attention, modulate(self.norm1(x), shift1, scale1), self.along, parts=parts)
-        x = torch.addcmul(x, gate1.unsqueeze(2), y)
+        x = add_gated(x, gate1, y)
 
         # 2. Cross-attention to the caption
         if self.cross is not None and text is not None:
             x = x + self.cross(x.flatten(1, 2), text.to(x.dtype), text_mask).unflatten(1, x.shape[1:3])
 
         # 3. MLP
-        return torch.addcmul(x, gate2.unsqueeze(2), self.mlp(modulate(self.norm2(x), shift2, scale2)))
+        return add_gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 
 def attend(

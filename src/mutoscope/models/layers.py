@@ -6,6 +6,7 @@ Attention is `scaled_dot_product_attention` over (B, heads, N, head_dim); nothin
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -133,7 +134,39 @@ def modulate(
 ) -> Float[Tensor, "b t n d"]:
     """x·(1 + scale) + shift, the modulation of adaLN (arXiv:2212.09748 §3.2); shift and scale are of a whole video, or
     of each of its frames."""
-    return torch.addcmul(shift.unsqueeze(2), x, 1 + scale.unsqueeze(2))
+    return _add_scaled(shift.unsqueeze(2), x, 1 + scale.unsqueeze(2))
+
+
+def add_gated(
+    x: Float[Tensor, "b t n d"], gate: Float[Tensor, "b #t d"], y: Float[Tensor, "b t n d"]
+) -> Float[Tensor, "b t n d"]:
+    """x + gate·y, the end of a branch of adaLN."""
+    return _add_scaled(x, y, gate.unsqueeze(2))
+
+
+def _add_scaled(base: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    # The compiler fuses it as it is, and warns about functions with a backward pass of their own
+    return torch.addcmul(base, x, scale) if torch.compiler.is_compiling() else _AddScaled.apply(base, x, scale)
+
+
+class _AddScaled(torch.autograd.Function):
+    """`torch.addcmul`, whose backward pass multiplies `x` by 1, in one more pass over memory and a tensor as large."""
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.base = base.shape
+        return torch.addcmul(base, x, scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale = ctx.saved_tensors
+        for_base, for_x, for_scale = ctx.needs_input_grad
+        return (
+            gradient.sum_to_size(ctx.base) if for_base else None,
+            gradient * scale if for_x else None,
+            (gradient * x).sum_to_size(scale.shape) if for_scale else None,
+        )
 
 
 def rotate(

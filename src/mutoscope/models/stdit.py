@@ -30,6 +30,7 @@ from mutoscope.models.layers import (
     MLP,
     Attention,
     TimeEmbedding,
+    add_gated,
     frame_places,
     line_sinusoid,
     modulate,
@@ -258,7 +259,7 @@ class STDiTBlock(nn.Module):
         y = modulate(self.norm1(x), shift1, scale1)
         axis: Literal["space", "time"] = "time" if self.along == "time" else "space"
         y = attend(self.attention, y, axis, rotary if axis == "time" else None, parts)
-        x = torch.addcmul(x, gate1.unsqueeze(2), y)
+        x = add_gated(x, gate1, y)
 
         # 2. Attention along time
         if self.attention_time is not None:
@@ -267,11 +268,11 @@ class STDiTBlock(nn.Module):
             else:
                 shift, scale, gate = (self.table_time + m_time.unflatten(-1, (3, -1))).unbind(2)
                 y = modulate(self.norm_time(x), shift, scale)
-            x = torch.addcmul(x, gate.unsqueeze(2), attend(self.attention_time, y, "time", rotary))
+            x = add_gated(x, gate, attend(self.attention_time, y, "time", rotary))
 
         # 3. Cross-attention to the caption
         if self.cross is not None and text is not None:
             x = x + self.cross(x.flatten(1, 2), text, text_mask).unflatten(1, x.shape[1:3])
 
         # 4. MLP
-        return torch.addcmul(x, gate2.unsqueeze(2), self.mlp(modulate(self.norm2(x), shift2, scale2)))
+        return add_gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
