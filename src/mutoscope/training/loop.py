@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mutoscope.build import build_encoder, build_trainee, model_io
 from mutoscope.contradictions import validate
+from mutoscope.cpu_memory import keep_freed_memory
 from mutoscope.data.buckets import Plan, iterate_once
 from mutoscope.data.dataset import Clips, list_and_look
 from mutoscope.data.flying_mnist import Split
@@ -62,6 +63,8 @@ def train(recipe: Recipe, out: Path) -> Run:
     recipe = recipe.model.complete(recipe)
     validate(recipe)
     engine = Engine.start(recipe.parallel)
+    if engine.device.type == "cpu":
+        keep_freed_memory()
     run = Run(out)
     try:
         check_offload(recipe, engine.device)
