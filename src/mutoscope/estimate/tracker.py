@@ -151,7 +151,7 @@ class Tracker(TorchDispatchMode):
                 self._seen(leaf, part)
         if func is aten.convolution_backward.default and self.device == "cpu":
             self._note_peak(scratch=sum(t.nbytes for t in args[:2] if not _is_channels_last(t)))
-        if (formula := _FLOPS.get(func.overloadpacket)) is not None:
+        if (formula := _FLOPS.get(func.overloadpacket) or flop_registry.get(func.overloadpacket)) is not None:
             count = formula(*args, **kwargs, out_val=out)
             self.account.flops["recomputed" if self._again else self._phase] += count
             if args[0].dtype == torch.bfloat16:
@@ -258,7 +258,6 @@ def _attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, value: T
 
 # torch's counter does not know the CPU's attention, and so sees none of it there
 _FLOPS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
