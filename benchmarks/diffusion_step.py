@@ -3,10 +3,11 @@
     python -m benchmarks.diffusion_step [--peer PATH_TO_A_CHECKOUT_OF_CVLIZATION]
 
 Both sides get the same weights, and must predict the same before anything is timed. (There the seed's GELU is
-exchanged for the exact one, which ours has; it is timed with its own.) Widths, heads, patches, losses and grids are
-those of the seed's commands. Of Latte there are two blocks, of STDiT one: what is left out is more of the same. A step
-is what the loops do: times, noise, the loss with its variational bound, gradients, clipping, Adam. Time is CPU time of
-one thread. The last line is STDiT's or Latte's, whichever gains less.
+exchanged for the exact one, which ours has; it is timed with its own.) The seed trains in fp32 on CPUs; ours does in
+that, too, and in the bf16 of its recipes. Widths, heads, patches, losses and grids are those of the seed's commands. Of
+Latte there are two blocks, of STDiT one: what is left out is more of the same. A step is what the loops do: times,
+noise, the loss with its variational bound, gradients, clipping, Adam. Time is CPU time of one thread. The last line is
+STDiT's or Latte's, whichever gains less.
 """
 
 from __future__ import annotations
@@ -41,14 +42,16 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, help=f"a checkout of {PEER}")
     checkout: Path | None = parser.parse_args().peer
     torch.set_num_threads(1)
-    measured = {"Latte, 2 blocks of S/2, 4x4x64x64": latte(checkout),
-                "STDiT, 1 block of 768, 3 heads, 4x8x64x64": stdit(checkout)}  # fmt: skip
+    measured = {}
+    for bf16, precision in ((False, "fp32 on both sides"), (True, "ours in bf16, as in the recipes")):
+        measured[f"Latte, 2 blocks of S/2, 4x4x64x64, {precision}"] = latte(checkout, bf16)
+        measured[f"STDiT, 1 block of 768, 3 heads, 4x8x64x64, {precision}"] = stdit(checkout, bf16)
     table(["one clip", "ours ms", "peer ms", "ratio"], [timing_row(name, pairs) for name, pairs in measured.items()])
     gain = lambda pairs: median(theirs / ours for ours, theirs in pairs)
     last_line("diffusion_step", PEER, min(measured.values(), key=gain))
 
 
-def latte(checkout: Path | None) -> list[tuple[float, float]]:
+def latte(checkout: Path | None, bf16: bool) -> list[tuple[float, float]]:
     """(ours, peer's) seconds of Latte's steps."""
     torch.manual_seed(0)
     io = ModelIO(channels=CHANNELS, out_channels=2 * CHANNELS, grid=LATTE_GRID)
@@ -62,10 +65,10 @@ def latte(checkout: Path | None) -> list[tuple[float, float]]:
         copy_latte(ours, theirs)
         check_equal(ours, lambda x, t: theirs(x.transpose(1, 2), t).transpose(1, 2), theirs, LATTE_GRID)
         peer = peer_step(theirs, seed.iddpm(checkout, 2), (1, frames, CHANNELS, size, size))
-    return compare(our_step(ours, LATTE_GRID), peer)
+    return compare(our_step(ours, LATTE_GRID, bf16), peer)
 
 
-def stdit(checkout: Path | None) -> list[tuple[float, float]]:
+def stdit(checkout: Path | None, bf16: bool) -> list[tuple[float, float]]:
     """(ours, peer's) seconds of STDiT's steps."""
     torch.manual_seed(0)
     io = ModelIO(channels=CHANNELS, out_channels=2 * CHANNELS, grid=STDIT_GRID)
@@ -79,17 +82,19 @@ def stdit(checkout: Path | None) -> list[tuple[float, float]]:
         copy_stdit(ours, theirs)
         check_equal(ours, theirs, theirs, STDIT_GRID)
         peer = peer_step(theirs, seed.iddpm(checkout, 1), (1, CHANNELS, *STDIT_GRID))
-    return compare(our_step(ours, STDIT_GRID), peer)
+    return compare(our_step(ours, STDIT_GRID, bf16), peer)
 
 
-def our_step(model: nn.Module, grid: tuple[int, int, int]) -> Callable[[], None]:
+def our_step(model: nn.Module, grid: tuple[int, int, int], bf16: bool) -> Callable[[], None]:
     """A step of our loop."""
     [optimizer] = build_optimizers(model, Optim(lr=LR))
     latents = torch.randn(1, CHANNELS, *grid, generator=torch.Generator().manual_seed(1))
     batch = Batch(ids=["0"], samples=[0], cond=Cond(), latents=latents)
 
     def step() -> None:
-        OBJECTIVE.loss(model, batch, Draw(0, "train", [0])).total.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = OBJECTIVE.loss(model, batch, Draw(0, "train", [0])).total
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

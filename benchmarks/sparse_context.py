@@ -1,11 +1,12 @@
 """Training a sparse GPT against the same GPT with full attention: 16×16×16 tokens, what a step costs, what it learns.
 
-    python -m benchmarks.sparse_context [--steps 100]
+    python -m benchmarks.sparse_context [--steps 400] [--seeds 3] [--peer PATH_TO_A_CHECKOUT_OF_CVLIZATION]
 
 Tokens are those of Flying MNIST in grey, 16 frames of 64×64: each 4×4 patch is one of 16 codes, which of its quarters
 are bright. Both models have 4 blocks of width 64 and 4 heads, and take turns: a step of one, a step of the other, on
-the same clips with the same optimizer. The times are CPU times of one thread. The last line is of those very steps; it
-is an error if the sparse one's validation loss is more than 2 % above the other's.
+the same clips with the same optimizer, from several seeds. The times are CPU times of one thread. The last line is of
+those very steps; it is an error if the sparse one's validation loss is, on average, more than 2 % above the other's.
+The seed's GPT (nanoGPT), of the same size, is timed alone.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from statistics import mean, median
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.cvlization import PEER, gpt
 from benchmarks.harness import compare, cpu_seconds, last_line, table
+from mutoscope.cpu_memory import keep_freed_memory
 from mutoscope.data.flying_mnist import Preset, Split, render
 from mutoscope.models.gpt import GPT
 from mutoscope.models.sparse_context import Nearest
@@ -35,7 +39,9 @@ CLIPS = Preset(
     name="sparse", size=64, frames=16, fps=8, glyph=(24, 32), speeds=(2.0, 3.0, 4.0), palette=("white",),
     variants=64, digits=(1, 2), train=2000, val=24,
 )  # fmt: skip
-DEPTH, WIDTH, HEADS, CONTEXT = 4, 64, 4, 32
+DEPTH, WIDTH, HEADS = 4, 64, 4
+CONTEXT = 9
+"""The nearest known tokens: those that touch a position's cell by a side or an edge."""
 OPTIM = Optim(lr=3e-3, betas=(0.9, 0.99), warmup_steps=20, schedule="cosine", final_lr=0.05)
 MOST = 1.02
 """Of the full attention's validation loss."""
@@ -43,41 +49,55 @@ MOST = 1.02
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=100)
-    steps: int = parser.parse_args().steps
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--peer", type=Path, help=f"a checkout of {PEER}")
+    options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as training does
 
-    dense, sparse = build(None), build(CONTEXT)
-    turns = [step_of(model, steps) for model in (sparse, dense)]
-    compare(lambda: loss_of(sparse, "val", [0]), lambda: loss_of(dense, "val", [0]), repeats=1)  # tables, first touch
-    pairs = []
-    for step in range(steps):
-        ours, full = (cpu_seconds(partial(turn, step)) for turn in turns)
-        pairs.append((ours, full))
-        if (step + 1) % 50 == 0:
-            print(
-                f"step {step + 1}: {mean(o for o, _ in pairs) * 1e3:.0f} ms, {mean(f for _, f in pairs) * 1e3:.0f} ms"
-            )
-    losses = [validation(model) for model in (dense, sparse)]
+    losses, pairs = [], []
+    for seed in range(options.seeds):
+        found, times = train_both(seed, options.steps)
+        losses.append(found)
+        pairs += times
+    full, sparse = (mean(side) for side in zip(*losses, strict=True))
 
     tokens = GRID[0] * GRID[1] * GRID[2]
-    row = lambda name, seconds, loss: [name, f"{seconds / tokens * 1e6:.1f}", loss]
-    rows = [row("full attention", median(f for _, f in pairs), f"{losses[0]:.4f}")]
-    rows.append(row(f"{CONTEXT} nearest", median(o for o, _ in pairs), f"{losses[1]:.4f}"))
-    for context in (64, 128):
-        timed = compare(partial(step_of(build(context), steps), 0), None, repeats=3)
-        rows.append(row(f"{context} nearest", median(ours for ours, _ in timed), "-"))
+    row = lambda name, seconds, loss="-": [name, f"{seconds / tokens * 1e6:.1f}", loss]
+    rows = [row("all before it", median(f for _, f in pairs), f"{full:.4f}")]
+    rows.append(row(f"{CONTEXT} nearest", median(o for o, _ in pairs), f"{sparse:.4f}"))
+    for context in (32, 64, 128):
+        timed = compare(partial(step_of(build(context), options.steps), 0), None, repeats=3)
+        rows.append(row(f"{context} nearest", median(ours for ours, _ in timed)))
+    for dropout in (0.0, 0.2) if options.peer else ():
+        timed = compare(peer_step(options.peer, dropout), None, repeats=3)
+        rows.append(row(f"all before it, the seed's GPT, dropout {dropout}", median(theirs for theirs, _ in timed)))
     table(["a position sees", "µs per token", "validation, nats per token"], rows)
-    print(f"validation loss: {losses[1] / losses[0]:.4f} of full attention's after {steps} steps")
-    if losses[1] > MOST * losses[0]:
+    print(f"validation loss: {sparse / full:.4f} of full attention's after {options.steps} steps, "
+          f"mean of {options.seeds} seeds")  # fmt: skip
+    if sparse > MOST * full:
         raise SystemExit(f"sparse_context: the validation loss is more than {MOST} of full attention's")
-    blocks = [pairs[i::5] for i in range(5)]  # each of steps from the whole run
+    blocks = [pairs[i::5] for i in range(5)]  # each of steps from all runs
     last_line("sparse_context", "full attention", [(mean(o for o, _ in b), mean(f for _, f in b)) for b in blocks])
 
 
-def build(context: int | None) -> nn.Module:
+def train_both(seed: int, steps: int) -> tuple[tuple[float, float], list[tuple[float, float]]]:
+    """((full attention's, the sparse one's) validation loss, (the sparse one's, full attention's) seconds of steps)."""
+    full, sparse = build(None, seed), build(CONTEXT, seed)
+    compare(lambda: loss_of(sparse, "val", [0]), lambda: loss_of(full, "val", [0]), repeats=1)  # tables, first touch
+    turns, pairs = [step_of(model, steps) for model in (sparse, full)], []
+    for step in range(steps):
+        pairs.append((cpu_seconds(partial(turns[0], step)), cpu_seconds(partial(turns[1], step))))
+    found = validation(full), validation(sparse)
+    print(f"seed {seed}: {median(o for o, _ in pairs) * 1e3:.0f} ms and {median(f for _, f in pairs) * 1e3:.0f} ms a "
+          f"step; validation loss {found[1]:.4f} and {found[0]:.4f}", flush=True)  # fmt: skip
+    return found, pairs
+
+
+def build(context: int | None, seed: int = 0) -> nn.Module:
     """A GPT with full attention, or one that sees so many of the nearest tokens."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     io = ModelIO(channels=3, grid=GRID, vocab=CODES)
     if context is None:
         return GPT(depth=DEPTH, width=WIDTH, heads=HEADS).build(io)
@@ -95,6 +115,23 @@ def step_of(model: nn.Module, steps: int) -> Callable[[int], None]:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def peer_step(checkout: Path, dropout: float) -> Callable[[], None]:
+    """A step of the seed's loop."""
+    model = gpt(checkout, block_size=GRID[0] * GRID[1] * GRID[2], vocab_size=CODES + 1, n_layer=DEPTH, n_head=HEADS,
+                n_embd=WIDTH, dropout=dropout).train()  # fmt: skip
+    optimizer = model.configure_optimizers(0.1, OPTIM.lr, OPTIM.betas, "cpu")  # type: ignore[operator]
+    codes = tokens_of("train", 0).flatten()[None]
+    known = torch.cat([torch.full_like(codes[:, :1], CODES), codes[:, :-1]], dim=1)
+
+    def step() -> None:
+        model(known, codes)[1].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 
