@@ -15,6 +15,7 @@ def gpt() -> Recipe:
     base = load_recipe("minisora.vqvae_tiny")
     return replace(
         base,
+        data=replace(base.data, frames=16, short="loop"),  # more positions than codes, even in half of a batch
         autoencoder=Autoencoder(path="runs/vqvae", recipe="minisora.vqvae_tiny"),
         model=GPT(depth=2, width=32, heads=2),
         objective=NextToken(cond_dropout=0.0),
