@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from benchmarks.cvlization import PEER, gpt
 from benchmarks.harness import compare, cpu_seconds, last_line, table
-from mutoscope.cpu_memory import keep_freed_memory
 from mutoscope.data.flying_mnist import Preset, Split, render
 from mutoscope.models.gpt import GPT
 from mutoscope.models.sparse_context import Nearest
@@ -31,6 +30,7 @@ from mutoscope.models.sparse_gpt import SparseGPT
 from mutoscope.objectives.tokens import NextToken
 from mutoscope.randomness import Draw
 from mutoscope.recipe import Optim
+from mutoscope.training.cpu_memory import keep_freed_memory
 from mutoscope.training.optimizers import build_optimizers, set_learning_rates
 from mutoscope.types import Batch, Cond, ModelIO
 

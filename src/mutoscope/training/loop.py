@@ -20,7 +20,6 @@ from torch import Tensor
 
 from mutoscope.build import build_encoder, build_trainee, model_io
 from mutoscope.contradictions import validate
-from mutoscope.cpu_memory import keep_freed_memory
 from mutoscope.data.buckets import Plan, iterate_once
 from mutoscope.data.dataset import Clips, list_and_look
 from mutoscope.data.flying_mnist import Split
@@ -35,6 +34,7 @@ from mutoscope.run import Run
 from mutoscope.sample import Generator, inference, preview
 from mutoscope.sample_cogvideox import Wanted, draw_wanted, read_wanted
 from mutoscope.training.checkpoint import newest_checkpoint
+from mutoscope.training.cpu_memory import keep_freed_memory
 from mutoscope.training.deepspeed import DeepSpeedState
 from mutoscope.training.engine import Engine
 from mutoscope.training.log import Log

@@ -9,7 +9,7 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from mutoscope.cpu_memory import keep_freed_memory
+from mutoscope.training.cpu_memory import keep_freed_memory
 
 if sys.argv[1] == "kept":
     keep_freed_memory()
