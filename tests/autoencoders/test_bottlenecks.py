@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from mutoscope.autoencoders.bottlenecks import (
     EMAVectorQuantizer,
@@ -51,6 +53,13 @@ def test_nearest_is_a_key_even_of_what_overflowed(value):
     queries = torch.zeros(3, 4)
     queries[:, 0] = value
     assert nearest(queries, randn(100, 4)).max() < 100
+
+
+def test_the_estimate_sees_one_operator_and_its_matrix_product() -> None:
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        found = nearest(torch.empty(1_000_000, 4), torch.empty(5120, 4))
+    assert found.shape == (1_000_000,) and found.dtype == torch.int64
+    assert counter.get_total_flops() == 2 * 1_000_000 * 5120 * 5
 
 
 def test_nearest_works_in_bounded_memory(monkeypatch):
