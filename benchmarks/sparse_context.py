@@ -6,7 +6,7 @@ Tokens are those of Flying MNIST in grey, 16 frames of 64×64: each 4×4 patch i
 are bright. Both models have 4 blocks of width 64 and 4 heads, and take turns: a step of one, a step of the other, on
 the same clips with the same optimizer, from several seeds. The times are CPU times of one thread. The last line is of
 those very steps; it is an error if the sparse one's validation loss is, on average, more than 2 % above the other's.
-The seed's GPT (nanoGPT), of the same size, is timed alone.
+minisora's GPT (nanoGPT), of the same size, is only timed.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ def main() -> None:
         rows.append(row(f"{context} nearest", median(ours for ours, _ in timed)))
     for dropout in (0.0, 0.2) if options.peer else ():
         timed = compare(peer_step(options.peer, dropout), None, repeats=3)
-        rows.append(row(f"all before it, the seed's GPT, dropout {dropout}", median(theirs for theirs, _ in timed)))
+        rows.append(row(f"all before it, minisora's GPT, dropout {dropout}", median(theirs for theirs, _ in timed)))
     table(["a position sees", "µs per token", "validation, nats per token"], rows)
     print(f"validation loss: {sparse / full:.4f} of full attention's after {options.steps} steps, "
           f"mean of {options.seeds} seeds")  # fmt: skip
     if sparse > MOST * full:
         raise SystemExit(f"sparse_context: the validation loss is more than {MOST} of full attention's")
-    blocks = [pairs[i::5] for i in range(5)]  # each of steps from all runs
+    blocks = [pairs[i::5] for i in range(min(5, len(pairs)))]  # each of steps from all runs
     last_line("sparse_context", "full attention", [(mean(o for o, _ in b), mean(f for _, f in b)) for b in blocks])
 
 
@@ -120,7 +120,7 @@ def step_of(model: nn.Module, steps: int) -> Callable[[int], None]:
 
 
 def peer_step(checkout: Path, dropout: float) -> Callable[[], None]:
-    """A step of the seed's loop."""
+    """A step of minisora's loop."""
     model = gpt(checkout, block_size=GRID[0] * GRID[1] * GRID[2], vocab_size=CODES + 1, n_layer=DEPTH, n_head=HEADS,
                 n_embd=WIDTH, dropout=dropout).train()  # fmt: skip
     optimizer = model.configure_optimizers(0.1, OPTIM.lr, OPTIM.betas, "cpu")  # type: ignore[operator]
