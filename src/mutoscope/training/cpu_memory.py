@@ -15,7 +15,7 @@ def keep_freed_memory() -> None:
     """Let glibc's heap keep what is freed for what is allocated next; elsewhere, do nothing.
 
     After each step it would give most of the heap back to the system, which then has to zero new pages for the next
-    one: up to a fifth of a small model's step. Now the heap stays as large as it was at its peak.
+    one. Now the heap stays as large as it was at its peak.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
